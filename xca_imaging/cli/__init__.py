@@ -1,0 +1,1 @@
+"""The `xca-imaging` command: one module per verb."""

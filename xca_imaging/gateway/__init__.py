@@ -1,0 +1,1 @@
+"""The IHE actors: what answers at each endpoint."""

@@ -1,0 +1,1 @@
+"""The throughput core: manifests, plans, ledger, scheduler, spool and store SCP."""

@@ -1,0 +1,1 @@
+"""Transport security and, as they come, assertions, policy and audit."""

@@ -1,0 +1,1 @@
+"""One module per IHE transaction: typed request and response, decode and encode."""

@@ -1,0 +1,1 @@
+"""Bytes to events and back: no sockets, clocks, threads or asyncio."""
