@@ -1,0 +1,351 @@
+"""DIMSE messages: command sets and the order in which commands and data sets may come.
+
+A command set is Implicit VR Little Endian, whatever the transfer syntax of its presentation context. Its elements all
+are of group 0000::
+
+    offset  length  field
+    0       2       group 0000H, little endian
+    2       2       element, little endian
+    4       4       value length n, little endian
+    8       n       value
+
+References
+----------
+* DICOM PS3.7, 6.3 (structure of DIMSE messages), 9.3 (DIMSE-C protocol), E (command dictionary), C (status codes)
+* DICOM PS3.8, E.2 (message control header)
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from xca_imaging.errors import DicomProtocolError
+from xca_imaging.wire import pdu
+
+MAX_COMMAND_LENGTH = 16 * 1024
+"""Longest command set that is collected: all elements of PS3.7 E.1 at their longest are below 2 KB, but for lists of
+attributes (0000,1005) of services that are not ours; 16 KB leave room to answer those properly."""
+
+# Command Field (0000,0100), PS3.7 E.1-1; a response has bit 15 set
+C_STORE_RQ = 0x0001
+C_ECHO_RQ = 0x0030
+C_CANCEL_RQ = 0x0FFF
+RESPONSE = 0x8000
+
+NO_DATA_SET = 0x0101  # Command Data Set Type (0000,0800); any other value announces a data set
+
+# Status (0000,0900): PS3.7 C, and PS3.4 Table B.2-1 for the Storage Service Class
+STATUS_SUCCESS = 0x0000
+STATUS_PROCESSING_FAILURE = 0x0110
+STATUS_INVALID_SOP_INSTANCE = 0x0117
+STATUS_NO_SUCH_SOP_CLASS = 0x0118
+STATUS_REFUSED_NOT_AUTHORIZED = 0x0124
+STATUS_UNRECOGNIZED_OPERATION = 0x0211
+STATUS_OUT_OF_RESOURCES = 0xA700
+STATUS_CANNOT_UNDERSTAND = 0xC000
+
+# Elements of group 0000 (PS3.7 E.1)
+_GROUP_LENGTH = 0x0000
+_AFFECTED_SOP_CLASS_UID = 0x0002
+_REQUESTED_SOP_CLASS_UID = 0x0003
+_COMMAND_FIELD = 0x0100
+_MESSAGE_ID = 0x0110
+_MESSAGE_ID_BEING_RESPONDED_TO = 0x0120
+_PRIORITY = 0x0700
+_COMMAND_DATA_SET_TYPE = 0x0800
+_STATUS = 0x0900
+_AFFECTED_SOP_INSTANCE_UID = 0x1000
+_REQUESTED_SOP_INSTANCE_UID = 0x1001
+_MOVE_ORIGINATOR_AE_TITLE = 0x1030
+_MOVE_ORIGINATOR_MESSAGE_ID = 0x1031
+
+_ELEMENT = struct.Struct("<HHL")
+_US = struct.Struct("<H")
+_GROUP = struct.Struct("<HHLL")
+_US_ELEMENT = struct.Struct("<HHLH")
+
+
+class CStoreRequest(NamedTuple):
+    """C-STORE-RQ (PS3.7 9.3.1.1)."""
+
+    message_id: int
+    affected_sop_class_uid: str
+    affected_sop_instance_uid: str
+    has_data_set: bool = True
+    priority: int = 0
+    move_originator_ae_title: str | None = None
+    move_originator_message_id: int | None = None
+
+
+class CEchoRequest(NamedTuple):
+    """C-ECHO-RQ (PS3.7 9.3.5.1)."""
+
+    message_id: int
+    affected_sop_class_uid: str
+    has_data_set: bool = False
+
+
+class CCancelRequest(NamedTuple):
+    """C-CANCEL-RQ of any service (PS3.7 9.3.2.3); there is nothing that it could cancel at a Storage SCP."""
+
+    message_id_being_responded_to: int
+    has_data_set: bool = False
+
+
+class OtherRequest(NamedTuple):
+    """A request of a service that is not offered here."""
+
+    command_field: int
+    message_id: int
+    sop_class_uid: str
+    sop_instance_uid: str
+    has_data_set: bool
+
+
+class Response(NamedTuple):
+    """A response of any service (command field with bit 15 set)."""
+
+    command_field: int
+    message_id_being_responded_to: int
+    status: int
+    affected_sop_class_uid: str
+    affected_sop_instance_uid: str
+    has_data_set: bool
+
+
+Command = CStoreRequest | CEchoRequest | CCancelRequest | OtherRequest | Response
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Command sets
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _elements(data: bytes) -> dict[int, bytes]:
+    """Return the values of a command set by element number of group 0000."""
+    values: dict[int, bytes] = {}
+    position, end = 0, len(data)
+    unpack = _ELEMENT.unpack_from
+    while position < end:
+        if end - position < 8:
+            raise DicomProtocolError("command element cut short (PS3.7 6.3.1)", pdu.ABORT_INVALID_PDU_PARAMETER)
+        group, element, length = unpack(data, position)
+        position += 8
+        if group or length > end - position:
+            raise DicomProtocolError(
+                f"command element ({group:04x},{element:04x}) of {length} bytes where {end - position} are left "
+                "(PS3.7 6.3.1)",
+                pdu.ABORT_INVALID_PDU_PARAMETER,
+            )
+        values[element] = data[position : position + length]
+        position += length
+    return values
+
+
+def _us(values: dict[int, bytes], element: int, default: int | None = None) -> int:
+    value = values.get(element)
+    if value is None or len(value) != 2:
+        if value is None and default is not None:
+            return default
+        raise DicomProtocolError(
+            f"command element (0000,{element:04x}) is missing or not one US (PS3.7 E.1)",
+            pdu.ABORT_INVALID_PDU_PARAMETER,
+        )
+    return value[0] | value[1] << 8
+
+
+def _text(values: dict[int, bytes], element: int) -> str:
+    return values.get(element, b"").decode("latin-1").strip("\0 ")
+
+
+def decode_command(data: bytes) -> Command:
+    """Return the command that a whole command set stands for.
+
+    Absent optional elements are None or empty; text is never checked beyond its padding: whether a UID is one is for
+    the service to judge, which has a status for it.
+
+    Raises
+    ------
+    DicomProtocolError
+        Not a command set, or one without its command field or message id.
+    """
+    values = _elements(data)
+    command_field = _us(values, _COMMAND_FIELD)
+    has_data_set = _us(values, _COMMAND_DATA_SET_TYPE, NO_DATA_SET) != NO_DATA_SET
+    if command_field == C_STORE_RQ:
+        is_moved = _MOVE_ORIGINATOR_MESSAGE_ID in values
+        return CStoreRequest(
+            _us(values, _MESSAGE_ID),
+            _text(values, _AFFECTED_SOP_CLASS_UID),
+            _text(values, _AFFECTED_SOP_INSTANCE_UID),
+            has_data_set,
+            _us(values, _PRIORITY, 0),
+            _text(values, _MOVE_ORIGINATOR_AE_TITLE) or None,
+            _us(values, _MOVE_ORIGINATOR_MESSAGE_ID) if is_moved else None,
+        )
+    if command_field == C_ECHO_RQ:
+        return CEchoRequest(_us(values, _MESSAGE_ID), _text(values, _AFFECTED_SOP_CLASS_UID), has_data_set)
+    if command_field == C_CANCEL_RQ:
+        return CCancelRequest(_us(values, _MESSAGE_ID_BEING_RESPONDED_TO, 0), has_data_set)
+    sop_class_uid = _text(values, _AFFECTED_SOP_CLASS_UID) or _text(values, _REQUESTED_SOP_CLASS_UID)
+    sop_instance_uid = _text(values, _AFFECTED_SOP_INSTANCE_UID) or _text(values, _REQUESTED_SOP_INSTANCE_UID)
+    if command_field & RESPONSE:
+        message_id, status = _us(values, _MESSAGE_ID_BEING_RESPONDED_TO), _us(values, _STATUS)
+        return Response(command_field, message_id, status, sop_class_uid, sop_instance_uid, has_data_set)
+    return OtherRequest(command_field, _us(values, _MESSAGE_ID), sop_class_uid, sop_instance_uid, has_data_set)
+
+
+def _encode_us(element: int, value: int) -> bytes:
+    return _US_ELEMENT.pack(0, element, 2, value)
+
+
+def _encode_text(element: int, text: str, padding: bytes) -> bytes:
+    value = text.encode("latin-1", "replace")
+    if len(value) % 2:
+        value += padding
+    return _ELEMENT.pack(0, element, len(value)) + value
+
+
+def _encode_uid(element: int, uid: str) -> bytes:
+    return _encode_text(element, uid, b"\0") if uid else b""
+
+
+def _command_set(elements: bytes) -> bytes:
+    return _GROUP.pack(0, _GROUP_LENGTH, 4, len(elements)) + elements
+
+
+def encode_c_store_request(request: CStoreRequest) -> bytes:
+    """Return the command set of C-STORE-RQ."""
+    moved = b""
+    if request.move_originator_ae_title is not None:
+        moved += _encode_text(_MOVE_ORIGINATOR_AE_TITLE, request.move_originator_ae_title, b" ")
+    if request.move_originator_message_id is not None:
+        moved += _encode_us(_MOVE_ORIGINATOR_MESSAGE_ID, request.move_originator_message_id)
+    return _command_set(
+        _encode_uid(_AFFECTED_SOP_CLASS_UID, request.affected_sop_class_uid)
+        + _encode_us(_COMMAND_FIELD, C_STORE_RQ)
+        + _encode_us(_MESSAGE_ID, request.message_id)
+        + _encode_us(_PRIORITY, request.priority)
+        + _encode_us(_COMMAND_DATA_SET_TYPE, 0x0000 if request.has_data_set else NO_DATA_SET)
+        + _encode_uid(_AFFECTED_SOP_INSTANCE_UID, request.affected_sop_instance_uid)
+        + moved
+    )
+
+
+def encode_c_echo_request(request: CEchoRequest) -> bytes:
+    """Return the command set of C-ECHO-RQ."""
+    return _command_set(
+        _encode_uid(_AFFECTED_SOP_CLASS_UID, request.affected_sop_class_uid)
+        + _encode_us(_COMMAND_FIELD, C_ECHO_RQ)
+        + _encode_us(_MESSAGE_ID, request.message_id)
+        + _encode_us(_COMMAND_DATA_SET_TYPE, NO_DATA_SET)
+    )
+
+
+def encode_response(
+    command_field: int, message_id: int, status: int, sop_class_uid: str = "", sop_instance_uid: str = ""
+) -> bytes:
+    """Return the command set of a response without data set.
+
+    Parameters
+    ----------
+    command_field : int
+        Of the request that is answered.
+
+    Notes
+    -----
+    ::
+
+        element      keyword
+        (0000,0000)  CommandGroupLength
+        (0000,0002)  AffectedSOPClassUID, where there is one
+        (0000,0100)  CommandField
+        (0000,0120)  MessageIDBeingRespondedTo
+        (0000,0800)  CommandDataSetType: none
+        (0000,0900)  Status
+        (0000,1000)  AffectedSOPInstanceUID, where there is one
+    """
+    return _command_set(
+        _encode_uid(_AFFECTED_SOP_CLASS_UID, sop_class_uid)
+        + _RESPONSE_ELEMENTS.pack(
+            *(0, _COMMAND_FIELD, 2, command_field | RESPONSE),
+            *(0, _MESSAGE_ID_BEING_RESPONDED_TO, 2, message_id),
+            *(0, _COMMAND_DATA_SET_TYPE, 2, NO_DATA_SET),
+            *(0, _STATUS, 2, status),
+        )
+        + _encode_uid(_AFFECTED_SOP_INSTANCE_UID, sop_instance_uid)
+    )
+
+
+_RESPONSE_ELEMENTS = struct.Struct("<" + "HHLH" * 4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Messages
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class MessageReader:
+    """Put commands together and watch that each data set follows its command.
+
+    Parameters
+    ----------
+    max_command_length : int
+        Longest command set that is collected.
+    """
+
+    # Mutable state: command fragments so far (_command), the context they came in, and the context whose data set is
+    # due (_data_set_context); 0 is no context, since context ids are odd.
+    __slots__ = ("_command", "_command_context", "_data_set_context", "_max_command_length")
+
+    def __init__(self, *, max_command_length: int = MAX_COMMAND_LENGTH) -> None:
+        self._max_command_length = max_command_length
+        self._command = bytearray()
+        self._command_context = 0
+        self._data_set_context = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """True between messages."""
+        return not self._data_set_context and not self._command_context
+
+    def receive(self, fragment: pdu.Fragment) -> Command | None:
+        """Return the command that the fragment completes; None for data set fragments and incomplete commands.
+
+        A data set fragment that is passed without error belongs to the last command returned.
+
+        Raises
+        ------
+        DicomProtocolError
+            A command in the midst of a data set, a data set without command, a change of context in a message, a
+            command set that is too long or no command set at all.
+        """
+        if not fragment.is_command:
+            if fragment.context_id != self._data_set_context:
+                raise DicomProtocolError(
+                    f"data set in context {fragment.context_id} without its command (PS3.7 6.3.1)",
+                    pdu.ABORT_UNEXPECTED_PDU,
+                )
+            if fragment.is_last:
+                self._data_set_context = 0
+            return None
+        if self._data_set_context or self._command_context not in (0, fragment.context_id):
+            raise DicomProtocolError("command amidst another message (PS3.7 6.3.1)", pdu.ABORT_UNEXPECTED_PDU)
+        if len(self._command) + len(fragment.data) > self._max_command_length:
+            raise DicomProtocolError(
+                f"command set of more than {self._max_command_length} bytes", pdu.ABORT_INVALID_PDU_PARAMETER
+            )
+        if not fragment.is_last:
+            self._command += fragment.data
+            self._command_context = fragment.context_id
+            return None
+        data = bytes(fragment.data)
+        if self._command:
+            data = bytes(self._command) + data
+            self._command.clear()
+        self._command_context = 0
+        command = decode_command(data)
+        if command.has_data_set:
+            self._data_set_context = fragment.context_id
+        return command
