@@ -1,0 +1,46 @@
+"""ITI-38 Cross Gateway Query: one gateway asks another.
+
+References
+----------
+* IHE ITI TF-2, 3.38
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lxml import etree
+
+from xca_imaging.metadata import stored_query
+from xca_imaging.metadata.stored_query import StoredQuery
+from xca_imaging.transactions import adhoc_query
+from xca_imaging.transactions.adhoc_query import QueryResponse
+from xca_imaging.transactions.registry_response import RegistryResponse
+from xca_imaging.transactions.table import ITI38 as TRANSACTION
+
+
+def decode_request(body: etree._Element | None) -> StoredQuery:
+    """Return the query asked; see `stored_query.decode_adhoc_query` for what is raised."""
+    return stored_query.decode_adhoc_query(TRANSACTION.check_request(body))
+
+
+def encode_request(query: StoredQuery) -> etree._Element:
+    """Return the body of a request."""
+    return stored_query.encode_adhoc_query(query)
+
+
+def decode_response(body: etree._Element | None) -> QueryResponse:
+    """Return a gateway's answer."""
+    return adhoc_query.decode_query_response(TRANSACTION.check_response(body))
+
+
+def encode_response(response: QueryResponse) -> etree._Element:
+    """Return the body of an answer made of objects."""
+    return adhoc_query.encode_query_response(response)
+
+
+def encode_response_fragments(
+    response: RegistryResponse, fragments: Iterable[bytes], *, home_community_id: str
+) -> list[bytes]:
+    """Return the body of an answer made of serialised objects, in pieces, each object with the gateway's home."""
+    return adhoc_query.encode_query_fragments(response, fragments, home_community_id=home_community_id)
