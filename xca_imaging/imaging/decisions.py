@@ -1,0 +1,273 @@
+"""What the scheduler is told and what it decides: plain values, one for each line of the conversation.
+
+Events are past tense, decisions imperative. Requests, stores and queries have the shell's numbers, moves the
+scheduler's; queries that the scheduler itself wants (`CheckSeries`) are negative, so that the two never meet.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from xca_imaging.errors import PeerError, RegistryError
+from xca_imaging.imaging.backends import Level
+from xca_imaging.imaging.ledger import Want
+from xca_imaging.imaging.plan import SeriesFetch
+
+# --------------------------------------------------------------------------------------------------------------------
+# Events
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Priority(enum.IntEnum):
+    """How urgent a request is. Carried with it; requests are served in the order in which they came."""
+
+    EMERGENCY = 0
+    ROUTINE = 1
+    PREFETCH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request wants what its plan names. `room` is what the spool can take, in bytes."""
+
+    request: int
+    fetches: tuple[SeriesFetch, ...]
+    accept: tuple[str, ...]
+    room: int
+    asker: str = "local"
+    priority: Priority = Priority.ROUTINE
+
+
+@dataclass(frozen=True, slots=True)
+class Withdrawn:
+    """A request ended, or nobody waits for it any more."""
+
+    request: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueryAsked:
+    """The shell wants to ask a PACS by C-FIND; it may when `StartQuery` comes."""
+
+    query: int
+    pacs: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueryFinished:
+    """A query ended or was withdrawn; for `CheckSeries`: SOP Instance UID -> SOP Class UID, None = cannot be told."""
+
+    query: int
+    pacs: str
+    present: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class MoveResponded:
+    """A PACS sent an interim response: it lives, which is no progress of the move."""
+
+    move: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoveFinished:
+    """A move's association is gone: with a final status, without one (None), or with an error."""
+
+    move: int
+    status: int | None = None
+    completed: int | None = None
+    failed_uids: tuple[str, ...] = ()
+    comment: str = ""
+    error: PeerError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StoreOffered:
+    """A C-STORE request came in. `pacs` is None where the peer cannot be told; `is_spooled`: we have this already."""
+
+    store: int
+    pacs: str | None
+    sop_class_uid: str
+    sop_instance_uid: str
+    transfer_syntax_uid: str
+    is_spooled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BytesArrived:
+    """Bytes of an accepted store came; enough to be told once in a while."""
+
+    store: int
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceArrived:
+    """A store is whole and spooled. Study and series stand here when they were read from the object."""
+
+    store: int
+    study_instance_uid: str = ""
+    series_instance_uid: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBroken:
+    """A store ended before it was whole; `no_room`: because the spool is full."""
+
+    store: int
+    reason: str
+    no_room: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SyntaxesRefused:
+    """Contexts were refused because none of their transfer syntaxes is accepted: SOP class -> proposed syntaxes."""
+
+    pacs: str | None
+    refused: Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Woke:
+    """The time of a `WakeAt` has come."""
+
+
+Event = (
+    Asked
+    | Withdrawn
+    | QueryAsked
+    | QueryFinished
+    | MoveResponded
+    | MoveFinished
+    | StoreOffered
+    | BytesArrived
+    | InstanceArrived
+    | StoreBroken
+    | SyntaxesRefused
+    | Woke
+)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decisions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class StartMove:
+    """Ask a PACS to send to our Storage SCP."""
+
+    move: int
+    pacs: str
+    level: Level
+    study_instance_uid: str
+    series_instance_uid: str
+    instances: tuple[str, ...]
+    accept: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CancelMove:
+    """Stop a move; `MoveFinished` must still follow, it frees the slot."""
+
+    move: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class StartQuery:
+    """A query that was asked for may run now."""
+
+    query: int
+
+
+@dataclass(frozen=True, slots=True)
+class CheckSeries:
+    """Find at IMAGE level what a series has: a move ended and left instances out."""
+
+    query: int
+    pacs: str
+    study_instance_uid: str
+    series_instance_uid: str
+
+
+@dataclass(frozen=True, slots=True)
+class AcceptStore:
+    """Spool it. `verify`: read study and series from the object before it is reported as arrived."""
+
+    store: int
+    verify: bool
+
+
+@dataclass(frozen=True, slots=True)
+class DropStore:
+    """Answer Success and forget the bytes: we own this instance already."""
+
+    store: int
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseStore:
+    """Refuse it: nobody wants it, or not in this transfer syntax."""
+
+    store: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class BeginInstance:
+    """A wanted instance has started to arrive."""
+
+    request: int
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class LoseInstance:
+    """Its arrival broke off."""
+
+    request: int
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class CompleteInstance:
+    """It is held; `store` brought it."""
+
+    request: int
+    want: Want
+    store: int
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class FailInstance:
+    """It will not come."""
+
+    request: int
+    want: Want
+    error: RegistryError
+    attempts: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeAt:
+    """Send `Woke` at this time; replaces the last one."""
+
+    time: float
+
+
+Decision = (
+    StartMove
+    | CancelMove
+    | StartQuery
+    | CheckSeries
+    | AcceptStore
+    | DropStore
+    | RefuseStore
+    | BeginInstance
+    | LoseInstance
+    | CompleteInstance
+    | FailInstance
+    | WakeAt
+)

@@ -1,0 +1,737 @@
+"""Which PACS is asked for what, when, how often, and when to give up: events in, decisions out.
+
+Pure: time comes in with each event, randomness from a generator that is handed in, nothing is awaited or sent. The
+shell (`imaging/transfer.py`) performs each decision and feeds back what came of it.
+
+How it thinks:
+
+* A *fetch* is one instance that one PACS is to send, in one of the accepted transfer syntaxes. However many requests
+  wait for it, it is fetched once; a waiter holds no slot.
+* Fetches are queued by series in *batches*; a batch becomes one or more *moves* when its PACS has free slots. C-FIND
+  queries take slots too, before moves, because they are short and others wait for their answer.
+* What a PACS says about its success is a hint. A fetch ends when its instance has arrived whole, or when the move that
+  was to bring it has ended (and a grace has passed) and there is a reason not to ask again.
+* A move is given up when no wanted byte came for `stall_timeout`. Pending responses are not progress.
+* The Storage SCP negotiates by peer, so moves with different transfer syntax lists never run at one PACS together.
+
+References
+----------
+* DICOM PS3.4, C.4.2 (C-MOVE); PS3.8, Table 9-21 (A-ASSOCIATE-RJ 2/3/2)
+"""
+
+from __future__ import annotations
+
+import enum
+import heapq
+import itertools
+import random
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+from xca_imaging.errors import (
+    PeerBusy,
+    PeerError,
+    PeerTimeout,
+    RegistryError,
+    RepositoryBusy,
+    RepositoryError,
+    RepositoryOutOfResources,
+    Retry,
+)
+from xca_imaging.imaging.backends import Level
+from xca_imaging.imaging.decisions import (
+    AcceptStore,
+    Asked,
+    BeginInstance,
+    BytesArrived,
+    CancelMove,
+    CheckSeries,
+    CompleteInstance,
+    Decision,
+    DropStore,
+    Event,
+    FailInstance,
+    InstanceArrived,
+    LoseInstance,
+    MoveFinished,
+    MoveResponded,
+    QueryAsked,
+    QueryFinished,
+    RefuseStore,
+    StartMove,
+    StartQuery,
+    StoreBroken,
+    StoreOffered,
+    SyntaxesRefused,
+    WakeAt,
+    Withdrawn,
+    Woke,
+)
+from xca_imaging.imaging.ledger import Want
+from xca_imaging.imaging.plan import SeriesFetch, not_there
+
+_Key = tuple[str, str, str, str, tuple[str, ...]]
+
+
+class _Stage(enum.Enum):
+    QUEUED = enum.auto()  # in a batch, now or after a pause
+    MOVING = enum.auto()  # a move is to bring it
+    SETTLING = enum.auto()  # its move has ended, it may still come
+    CHECKING = enum.auto()  # C-FIND tells whether it exists
+
+
+@dataclass(slots=True, eq=False)
+class _Fetch:
+    pacs: str
+    study: str
+    series: str
+    uid: str
+    accept: tuple[str, ...]
+    verify: bool
+    sop_class: str | None  # None: no C-FIND has proved that the series has it
+    waiters: dict[int, list[Want]] = field(default_factory=dict)
+    stage: _Stage = _Stage.QUEUED
+    move: _Move | None = None  # the last one; it may have ended
+    arriving: int = 0
+    is_overdue: bool = False  # the grace after its move has passed
+    attempts: int = 0
+    busy: int = 0
+    is_checked: bool = False
+    started: float = 0.0
+    one_by_one: bool = False  # a list with it in was answered with zero sub-operations
+    is_open: bool = True
+    reason: RegistryError | None = None  # why the last attempt did not bring it
+    syntax_error: RegistryError | None = None
+
+    @property
+    def key(self) -> _Key:
+        return self.pacs, self.study, self.series, self.uid, self.accept
+
+
+@dataclass(slots=True, eq=False)
+class _Batch:
+    order: int
+    accept: tuple[str, ...]
+    fetches: deque[_Fetch]
+    count: int | None  # not None: these are the whole series, one SERIES level move brings them
+    is_single: bool = False  # one by one: the PACS does not understand lists
+
+
+@dataclass(slots=True, eq=False)
+class _Move:
+    id: int
+    pacs: _Pacs
+    level: Level
+    accept: tuple[str, ...]
+    order: int
+    fetches: dict[_Fetch, None]  # those that it still is to bring
+    listed: int
+    last_progress: float
+    arrived: int = 0
+    sop_classes: set[str] = field(default_factory=set)  # of what arrived
+    is_cancelled: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class _Pacs:
+    name: str
+    limit: int
+    window: int  # associations that it takes just now: at most `limit`, less after it said busy
+    accept: tuple[str, ...] = ()  # of the moves that run, or ran last
+    moves: set[_Move] = field(default_factory=set)
+    queries: set[int] = field(default_factory=set)
+    waiting_queries: deque[int] = field(default_factory=deque)
+    queue: list[tuple[int, int, _Batch]] = field(default_factory=list)  # heap: order of the request, tie-breaker
+    pause_until: float = 0.0
+    busy_streak: int = 0
+    good_moves: int = 0  # since the window was changed
+    last_progress: float = 0.0  # when a wanted byte came
+    last_heard: float = 0.0  # when it said or sent anything
+    lists_fail: bool = False  # UID lists brought zero sub-operations: remembered as long as we run
+    refused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # SOP class -> syntaxes we did not accept
+
+
+@dataclass(slots=True, eq=False)
+class _Store:
+    pacs: str | None
+    sop_class: str
+    uid: str
+    syntax: str
+    fetches: list[_Fetch]
+
+
+class Scheduler:
+    """The decisions of one node about all its PACSs.
+
+    Parameters
+    ----------
+    limits : mapping
+        PACS name -> associations that we may have with it at a time.
+    stall_timeout : float
+        Seconds without a wanted byte after which a move is given up.
+    randomness : random.Random
+        Spreads retries, so that many requests that failed together do not come back together.
+    max_attempts : int
+        Moves for one instance, the first included. Three: series, list, one by one covers every known way in which
+        a PACS fails to understand the one before.
+    busy_attempts : int
+        Times that a PACS may say it is busy before an instance fails with XDSRepositoryBusy: with doubling pauses from
+        half a second these are about 15 s.
+    backoff, max_backoff : float
+        First pause before asking again (doubled each time, varied by half) and longest.
+    grace : float
+        Seconds for instances that a PACS sends after the final C-MOVE response: seen in products that answer from
+        one thread and send from another; a network is not slower than that.
+    uid_list_limit : int
+        SOP Instance UIDs in one IMAGE level move; see `backends.cmove.UID_LIST_LIMIT`.
+    max_waiting : int
+        Instances that may wait at all. Each costs about 1 KB; a hundred CT studies of 2000 images fit.
+    min_room : int
+        Bytes that the spool must have left for a request to be admitted: one ordinary image.
+    """
+
+    # Mutable state: PACSs; fetches by key, by SOP Instance UID and by request; moves, stores and checks by number;
+    # timers (a heap) and the time that `WakeAt` named last; `_out` collects the decisions of the step that runs.
+
+    def __init__(
+        self,
+        limits: Mapping[str, int],
+        *,
+        stall_timeout: float,
+        randomness: random.Random,
+        max_attempts: int = 3,
+        busy_attempts: int = 5,
+        backoff: float = 0.5,
+        max_backoff: float = 15.0,
+        grace: float = 1.0,
+        uid_list_limit: int = 128,
+        max_waiting: int = 200_000,
+        min_room: int = 2**20,
+    ) -> None:
+        self._stall_timeout, self._random = stall_timeout, randomness
+        self._max_attempts, self._busy_attempts = max_attempts, busy_attempts
+        self._backoff, self._max_backoff, self._grace = backoff, max_backoff, grace
+        self._uid_list_limit, self._max_waiting, self._min_room = uid_list_limit, max_waiting, min_room
+        self._pacs = {name: _Pacs(name, limit, limit) for name, limit in limits.items()}
+        self._fetches: dict[_Key, _Fetch] = {}
+        self._by_uid: dict[str, list[_Fetch]] = {}
+        self._by_request: dict[int, dict[_Fetch, None]] = {}
+        self._moves: dict[int, _Move] = {}
+        self._stores: dict[int, _Store] = {}
+        self._checks: dict[int, list[_Fetch]] = {}
+        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
+        self._numbers = itertools.count(1)
+        self._wake: float | None = None
+        self._out: list[Decision] = []
+
+    # --- what the shell may look at -------------------------------------------------------------------------------
+
+    def accepted_syntaxes(self, pacs: str | None) -> tuple[str, ...] | None:
+        """Return what a PACS may send now, best first; None when nothing was asked of anybody.
+
+        For a peer that cannot be told which PACS it is, the lists of all that were asked, one after the other: each
+        instance is looked at again when it is offered.
+        """
+        asked = [self._pacs[pacs]] if pacs is not None else [p for p in self._pacs.values() if p.moves]
+        syntaxes = dict.fromkeys(uid for one in asked for uid in one.accept)
+        return tuple(syntaxes) or None
+
+    @property
+    def waiting(self) -> int:
+        """Instances that are wanted and not yet there."""
+        return len(self._fetches)
+
+    @property
+    def active_moves(self) -> int:
+        return len(self._moves)
+
+    # --- the step -------------------------------------------------------------------------------------------------
+
+    def step(self, event: Event, now: float) -> list[Decision]:
+        """Take one event in, give the decisions out, in the order in which they are to be performed."""
+        self._out = []
+        match event:
+            case StoreOffered():
+                self._offer_store(event, now)
+            case BytesArrived():
+                if store := self._stores.get(event.store):
+                    self._note_progress(store, now)
+            case InstanceArrived():
+                self._finish_store(event, now)
+            case StoreBroken():
+                self._break_store(event, now)
+            case MoveResponded():
+                if move := self._moves.get(event.move):
+                    move.pacs.last_heard = now
+            case MoveFinished():
+                self._finish_move(event, now)
+            case Asked():
+                self._admit(event)
+            case Withdrawn():
+                self._withdraw(event.request)
+            case QueryAsked():
+                self._pacs[event.pacs].waiting_queries.append(event.query)
+            case QueryFinished():
+                self._finish_query(event, now)
+            case SyntaxesRefused():
+                for pacs in self._pacs.values():
+                    if event.pacs in (pacs.name, None):
+                        pacs.refused.update(event.refused)
+            case Woke():
+                self._wake = None
+        while self._timers and self._timers[0][0] <= now:
+            heapq.heappop(self._timers)[2](now)
+        for pacs in self._pacs.values():
+            if pacs.queue or pacs.waiting_queries:
+                self._dispatch(pacs, now)
+        if self._timers and (self._wake is None or self._timers[0][0] < self._wake):
+            self._wake = self._timers[0][0]
+            self._out.append(WakeAt(self._wake))
+        out, self._out = self._out, []
+        return out
+
+    def _at(self, time: float, action: Callable[[float], None]) -> None:
+        heapq.heappush(self._timers, (time, next(self._numbers), action))
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def _admit(self, event: Asked) -> None:
+        wanted = sum(len(series.wants) for series in event.fetches)
+        refusal: RegistryError | None = None
+        if len(self._fetches) + wanted > self._max_waiting:
+            refusal = RepositoryBusy(f"{len(self._fetches)} instances are waiting already, {self._max_waiting} may")
+        elif event.room < self._min_room:
+            refusal = RepositoryOutOfResources(f"the spool has {event.room} bytes left")
+        if refusal is not None:
+            for want in (want for series in event.fetches for want in series.wants):
+                self._out.append(FailInstance(event.request, want, refusal.at(want.sop_instance_uid), 0))
+            return
+        mine = self._by_request.setdefault(event.request, {})
+        for series in event.fetches:
+            new: deque[_Fetch] = deque()
+            for want in series.wants:
+                fetch = self._fetches.get((*_series_key(series), want.sop_instance_uid, event.accept))
+                if fetch is None:
+                    fetch = self._open(series, want.sop_instance_uid, event.accept)
+                    new.append(fetch)
+                fetch.verify = fetch.verify and series.verify
+                fetch.waiters.setdefault(event.request, []).append(want)
+                mine[fetch] = None
+                if fetch.arriving:
+                    self._out.append(BeginInstance(event.request, want))
+            if new:
+                count = series.count if series.whole else None
+                self._enqueue(
+                    self._pacs[series.pacs], _Batch(next(self._numbers), event.accept, new, count, is_single=False)
+                )
+
+    def _open(self, series: SeriesFetch, uid: str, accept: tuple[str, ...]) -> _Fetch:
+        fetch = _Fetch(*_series_key(series), uid, accept, series.verify, series.sop_classes.get(uid))
+        self._fetches[fetch.key] = fetch
+        self._by_uid.setdefault(uid, []).append(fetch)
+        return fetch
+
+    def _close(self, fetch: _Fetch) -> None:
+        fetch.is_open = False
+        del self._fetches[fetch.key]
+        same = self._by_uid[fetch.uid]
+        same.remove(fetch)
+        if not same:
+            del self._by_uid[fetch.uid]
+        if fetch.move is not None:
+            fetch.move.fetches.pop(fetch, None)
+
+    def _complete(self, fetch: _Fetch, store: int) -> None:
+        for request, wants in fetch.waiters.items():
+            self._out += [CompleteInstance(request, want, store, fetch.attempts) for want in wants]
+        self._close(fetch)
+
+    def _fail(self, fetch: _Fetch, error: RegistryError) -> None:
+        for request, wants in fetch.waiters.items():
+            self._out += [FailInstance(request, w, error.at(w.sop_instance_uid), fetch.attempts) for w in wants]
+        self._close(fetch)
+
+    def _withdraw(self, request: int) -> None:
+        left: dict[_Move, None] = {}
+        for fetch in self._by_request.pop(request, {}):
+            fetch.waiters.pop(request, None)
+            if fetch.is_open and not fetch.waiters:
+                if fetch.move is not None and fetch.stage is _Stage.MOVING:
+                    left[fetch.move] = None
+                self._close(fetch)
+        for move in left:
+            if not move.fetches:
+                self._cancel(move, "nobody waits for it any more")
+
+    # --- moves ----------------------------------------------------------------------------------------------------
+
+    def _enqueue(self, pacs: _Pacs, batch: _Batch) -> None:
+        heapq.heappush(pacs.queue, (batch.order, next(self._numbers), batch))
+
+    def _dispatch(self, pacs: _Pacs, now: float) -> None:
+        while len(pacs.moves) + len(pacs.queries) < pacs.window and now >= pacs.pause_until:
+            if pacs.waiting_queries:
+                self._start_query(pacs, pacs.waiting_queries.popleft())
+                continue
+            while pacs.queue and not self._next_open(pacs.queue[0][2]):
+                heapq.heappop(pacs.queue)
+            if not pacs.queue:
+                return
+            batch = pacs.queue[0][2]
+            if pacs.moves and batch.accept != pacs.accept:
+                return  # its turn comes when these have ended; nothing behind it overtakes it
+            self._start_move(pacs, batch, now)
+
+    def _start_query(self, pacs: _Pacs, query: int) -> None:
+        checked = self._checks.get(query)
+        if checked is None:
+            self._out.append(StartQuery(query))
+        elif any(fetch.is_open for fetch in checked):
+            self._out.append(CheckSeries(query, pacs.name, checked[0].study, checked[0].series))
+        else:
+            del self._checks[query]  # withdrawn meanwhile
+            return
+        pacs.queries.add(query)
+
+    def _next_open(self, batch: _Batch) -> bool:
+        """Drop what is no longer wanted from the head of a batch; tell whether something is left."""
+        while batch.fetches and not batch.fetches[0].is_open:
+            batch.fetches.popleft()
+            batch.count = None
+        return bool(batch.fetches)
+
+    def _start_move(self, pacs: _Pacs, batch: _Batch, now: float) -> None:
+        fetches: list[_Fetch] = []
+        level: Level = "IMAGE"
+        if batch.count is not None:
+            fetches = [fetch for fetch in batch.fetches if fetch.is_open]
+            if len(fetches) == batch.count:
+                level = "SERIES"
+                batch.fetches.clear()
+            batch.count = None
+        if level == "IMAGE":
+            fetches = []
+            limit = 1 if batch.is_single or pacs.lists_fail else self._uid_list_limit
+            while len(fetches) < limit and self._next_open(batch):
+                fetches.append(batch.fetches.popleft())
+        if batch.accept != pacs.accept:
+            pacs.accept = batch.accept
+            pacs.refused.clear()
+        move = _Move(
+            next(self._numbers), pacs, level, batch.accept, batch.order, dict.fromkeys(fetches), len(fetches), now
+        )
+        pacs.moves.add(move)
+        self._moves[move.id] = move
+        for fetch in fetches:
+            fetch.stage, fetch.move = _Stage.MOVING, move
+            fetch.started = fetch.started if fetch.attempts else now
+            fetch.attempts += 1
+        self._out.append(
+            StartMove(
+                move.id,
+                pacs.name,
+                level,
+                fetches[0].study,
+                fetches[0].series,
+                tuple(fetch.uid for fetch in fetches),
+                batch.accept,
+            )
+        )
+        self._at(now + self._stall_timeout, lambda time: self._watch(move, time))
+
+    def _cancel(self, move: _Move, reason: str) -> None:
+        if move.id in self._moves and not move.is_cancelled:
+            move.is_cancelled = True
+            self._out.append(CancelMove(move.id, reason))
+
+    def _watch(self, move: _Move, now: float) -> None:
+        """Give a move up when nothing that is wanted has come for too long."""
+        if move.id not in self._moves or move.is_cancelled:
+            return
+        due = move.last_progress + self._stall_timeout
+        if now < due:
+            self._at(due, lambda time: self._watch(move, time))
+            return
+        pacs = move.pacs
+        error = _as_registry_error(PeerTimeout(pacs.name, f"no wanted byte came for {self._stall_timeout:g} s"))
+        stalled = tuple(move.fetches)
+        for fetch in stalled:
+            self._fail(fetch, error)
+        self._cancel(move, error.context)
+        if stalled and pacs.last_heard <= move.last_progress:
+            self._give_up(pacs, error)
+
+    def _give_up(self, pacs: _Pacs, error: RegistryError) -> None:
+        """Fail what waits for a PACS that was not heard of while one of its moves used up its patience.
+
+        Without this a long queue would take one time-out after the other.
+        """
+        for fetch in tuple(self._fetches.values()):
+            if fetch.pacs == pacs.name and fetch.stage is _Stage.QUEUED:
+                self._fail(fetch, error)
+
+    def _finish_move(self, event: MoveFinished, now: float) -> None:
+        move = self._moves.pop(event.move)
+        pacs = move.pacs
+        pacs.moves.discard(move)
+        fetches = list(move.fetches)
+        if event.error is not None:
+            self._finish_in_error(move, fetches, event.error, now)
+            return
+        if event.status is not None and not move.is_cancelled:
+            pacs.busy_streak = 0
+            pacs.last_heard = now
+            pacs.good_moves += 1
+            if pacs.good_moves >= pacs.window:  # as many good moves as fit beside each other: try one more
+                pacs.good_moves = 0
+                pacs.window = min(pacs.limit, pacs.window + 1)
+        if not fetches:
+            return
+        comment = f" ({event.comment})" if event.comment else ""
+        how = "without a final response" if event.status is None else f"with status 0x{event.status:04X}"
+        error = RepositoryError(f"{pacs.name}: C-MOVE ended {how}{comment} and the instance did not come")
+        is_empty = event.status == 0 and not event.completed and move.level == "IMAGE" and move.listed > 1
+        named = set(event.failed_uids)
+        at_once = []
+        for fetch in fetches:
+            fetch.reason = error
+            fetch.stage = _Stage.SETTLING
+            if fetch.uid in named and not fetch.arriving:
+                at_once.append(fetch)
+        if at_once:
+            self._miss(at_once, now)
+        if len(at_once) < len(fetches):
+            self._at(now + self._grace, lambda time: self._settle(move, is_empty, time))
+
+    def _finish_in_error(self, move: _Move, fetches: list[_Fetch], error: PeerError, now: float) -> None:
+        pacs = move.pacs
+        reason = _as_registry_error(error)
+        for fetch in fetches:
+            fetch.reason = reason
+        if isinstance(error, PeerBusy):
+            self._pause(pacs, now)
+            again = []
+            for fetch in fetches:
+                fetch.attempts -= 1
+                fetch.busy += 1
+                if fetch.busy > self._busy_attempts:
+                    self._fail(fetch, reason)
+                else:
+                    again.append(fetch)
+            self._requeue(again, move.order, move.accept, 0.0, now)
+        elif error.retry is Retry.NEVER:
+            for fetch in fetches:
+                self._fail(fetch, reason)
+        else:
+            exhausted = self._retry(fetches, now)
+            if exhausted and pacs.last_heard <= min(fetch.started for fetch in exhausted):
+                self._give_up(pacs, reason)
+
+    def _settle(self, move: _Move, is_empty: bool, now: float) -> None:
+        """The grace after a move is over: what has not come and is not coming in just now was missed."""
+        late = [fetch for fetch in move.fetches if fetch.stage is _Stage.SETTLING]
+        missed = [fetch for fetch in late if not fetch.arriving]
+        for fetch in late:
+            fetch.is_overdue = True
+            fetch.one_by_one = fetch.one_by_one or (is_empty and move.arrived == 0)
+        if missed:
+            self._miss(missed, now)
+
+    def _miss(self, fetches: Iterable[_Fetch], now: float) -> None:
+        """Decide about fetches of one series that a move, now ended, did not bring."""
+        again: list[_Fetch] = []
+        unproved: list[_Fetch] = []
+        for fetch in fetches:
+            fetch.is_overdue = False
+            if (syntax_error := self._syntax_error(fetch)) is not None:
+                self._fail(fetch, syntax_error)
+            elif fetch.sop_class is None and not fetch.is_checked:
+                fetch.stage = _Stage.CHECKING
+                unproved.append(fetch)
+            else:
+                again.append(fetch)
+        if unproved:
+            query = -next(self._numbers)
+            self._checks[query] = unproved
+            self._pacs[unproved[0].pacs].waiting_queries.append(query)
+        self._retry(again, now)
+
+    def _syntax_error(self, fetch: _Fetch) -> RegistryError | None:
+        """Return the error of an instance that was not sent because we accept none of its transfer syntaxes.
+
+        A refused context is an explanation only for a class of which nothing else came: PACSs propose several
+        contexts for a class and do not need them all.
+        """
+        if fetch.syntax_error is not None:
+            return fetch.syntax_error
+        move = fetch.move
+        if move is None or not move.pacs.refused:
+            return None
+        refused = move.pacs.refused
+        if fetch.sop_class:
+            if fetch.sop_class not in refused or fetch.sop_class in move.sop_classes:
+                return None
+            proposed = refused[fetch.sop_class]
+        elif move.arrived == 0 and fetch.is_checked:
+            proposed = tuple(dict.fromkeys(uid for syntaxes in refused.values() for uid in syntaxes))
+        else:
+            return None
+        return _no_listed_syntax(proposed)
+
+    def _finish_query(self, event: QueryFinished, now: float) -> None:
+        pacs = self._pacs[event.pacs]
+        if event.query in pacs.queries:
+            pacs.queries.discard(event.query)
+        elif event.query in pacs.waiting_queries:
+            pacs.waiting_queries.remove(event.query)
+        again = []
+        for fetch in self._checks.pop(event.query, ()):
+            if not fetch.is_open:
+                continue
+            fetch.is_checked = True
+            if event.present is not None:
+                if fetch.uid not in event.present:
+                    self._fail(fetch, not_there(next(iter(fetch.waiters.values()))[0]))
+                    continue
+                fetch.sop_class, fetch.verify = event.present[fetch.uid], False
+            if (syntax_error := self._syntax_error(fetch)) is not None:
+                self._fail(fetch, syntax_error)
+            else:
+                again.append(fetch)
+        self._retry(again, now)
+
+    def _retry(self, fetches: list[_Fetch], now: float) -> list[_Fetch]:
+        """Ask again for fetches of one move, after a pause; fail and return those that have had their chances."""
+        exhausted: list[_Fetch] = []
+        again: list[_Fetch] = []
+        for fetch in fetches:
+            pacs = self._pacs[fetch.pacs]
+            pause = self._spread(self._backoff * 2 ** (fetch.attempts - 1))
+            patience = max(fetch.started, pacs.last_progress) + self._stall_timeout
+            if fetch.attempts >= self._max_attempts or now + pause >= patience:
+                exhausted.append(fetch)
+            else:
+                again.append(fetch)
+                if fetch.one_by_one and fetch.sop_class is not None:
+                    pacs.lists_fail = True  # it exists, and was not found in a list
+        for fetch in exhausted:
+            self._fail(fetch, fetch.reason or RepositoryError("it did not come"))
+        if again:
+            move = again[0].move
+            assert move is not None
+            pause = self._spread(self._backoff * 2 ** (again[0].attempts - 1))
+            self._requeue(again, move.order, move.accept, pause, now)
+        return exhausted
+
+    def _requeue(self, fetches: list[_Fetch], order: int, accept: tuple[str, ...], pause: float, now: float) -> None:
+        """Put fetches back into the queue, at their old place, after a pause."""
+        if not fetches:
+            return
+        for fetch in fetches:
+            fetch.stage = _Stage.QUEUED
+        is_single = any(fetch.one_by_one for fetch in fetches)
+        batch = _Batch(order, accept, deque(fetches), None, is_single)
+        pacs = self._pacs[fetches[0].pacs]
+        self._at(now + pause, lambda time: self._enqueue(pacs, batch))
+
+    def _pause(self, pacs: _Pacs, now: float) -> None:
+        """A PACS said that it is busy: no more at a time than run now, and nothing new for a while."""
+        pacs.window = max(1, len(pacs.moves) + len(pacs.queries))
+        pacs.good_moves = 0
+        if now < pacs.pause_until:
+            return  # several moves that were refused together are one refusal
+        pacs.busy_streak += 1
+        pacs.pause_until = now + self._spread(min(self._max_backoff, self._backoff * 2 ** (pacs.busy_streak - 1)))
+        self._at(pacs.pause_until, lambda time: None)  # dispatch follows every step
+
+    def _spread(self, pause: float) -> float:
+        return min(self._max_backoff, pause) * self._random.uniform(0.5, 1.5)
+
+    # --- stores ---------------------------------------------------------------------------------------------------
+
+    def _wanted_by(self, uid: str, pacs: str | None) -> list[_Fetch]:
+        """Return who waits for an instance from this PACS; from any, where its sender is not the one that was asked."""
+        fetches = self._by_uid.get(uid, [])
+        return [fetch for fetch in fetches if fetch.pacs == pacs] or fetches
+
+    def _offer_store(self, event: StoreOffered, now: float) -> None:
+        wanted = self._wanted_by(event.sop_instance_uid, event.pacs)
+        if not wanted:
+            self._out.append(
+                DropStore(event.store) if event.is_spooled else RefuseStore(event.store, "nobody waits for it")
+            )
+            return
+        fetches = [fetch for fetch in wanted if event.transfer_syntax_uid in fetch.accept]
+        if not fetches:
+            for fetch in wanted:
+                fetch.syntax_error = _no_listed_syntax((event.transfer_syntax_uid,))
+            self._out.append(RefuseStore(event.store, f"transfer syntax {event.transfer_syntax_uid} is not wanted"))
+            return
+        claims = {(fetch.study, fetch.series) for fetch in wanted}
+        verify = len(claims) > 1 or any(fetch.verify for fetch in fetches)
+        store = _Store(event.pacs, event.sop_class_uid, event.sop_instance_uid, event.transfer_syntax_uid, fetches)
+        self._stores[event.store] = store
+        self._out.append(AcceptStore(event.store, verify))
+        for fetch in fetches:
+            if fetch.arriving == 0:
+                for request, wants in fetch.waiters.items():
+                    self._out += [BeginInstance(request, want) for want in wants]
+            fetch.arriving += 1
+        self._note_progress(store, now)
+
+    def _note_progress(self, store: _Store, now: float) -> None:
+        for fetch in store.fetches:
+            if fetch.is_open:
+                pacs = self._pacs[fetch.pacs]
+                pacs.last_progress = pacs.last_heard = now
+                if fetch.move is not None:
+                    fetch.move.last_progress = now
+
+    def _finish_store(self, event: InstanceArrived, now: float) -> None:
+        store = self._stores.pop(event.store)
+        self._note_progress(store, now)
+        read = (event.study_instance_uid, event.series_instance_uid)
+        claims = {read} if any(read) else {(fetch.study, fetch.series) for fetch in store.fetches}
+        for fetch in tuple(self._wanted_by(store.uid, store.pacs)):
+            if (fetch.study, fetch.series) in claims:
+                # Also for those who asked meanwhile, and with another list that names this syntax.
+                if store.syntax in fetch.accept:
+                    if fetch.move is not None:
+                        fetch.move.arrived += 1
+                        fetch.move.sop_classes.add(store.sop_class)
+                    self._complete(fetch, event.store)
+            elif any(read):
+                self._fail(fetch, not_there(next(iter(fetch.waiters.values()))[0]))
+
+    def _break_store(self, event: StoreBroken, now: float) -> None:
+        store = self._stores.pop(event.store)
+        overdue: list[_Fetch] = []
+        for fetch in store.fetches:
+            if not fetch.is_open:
+                continue
+            fetch.arriving -= 1
+            if event.no_room:
+                self._fail(fetch, RepositoryOutOfResources(event.reason))
+            elif fetch.arriving == 0:
+                for request, wants in fetch.waiters.items():
+                    self._out += [LoseInstance(request, want) for want in wants]
+                if fetch.is_overdue:
+                    overdue.append(fetch)
+        for fetch in overdue:
+            self._miss([fetch], now)
+
+
+def _series_key(series: SeriesFetch) -> tuple[str, str, str]:
+    return series.pacs, series.study_instance_uid, series.series_instance_uid
+
+
+def _as_registry_error(error: PeerError) -> RegistryError:
+    return error.registry_error(str(error))
+
+
+def _no_listed_syntax(proposed: tuple[str, ...]) -> RegistryError:
+    return RepositoryError(
+        f"no listed transfer syntax: the imaging source offers it in {', '.join(proposed)}, "
+        "which TransferSyntaxUIDList does not name"
+    )

@@ -1,0 +1,713 @@
+"""Transfers: the I/O shell around the scheduler, and what requests hold of it.
+
+Everything here runs on the event loop, but for back ends and C-FIND, which block and run in threads; they come back by
+`call_soon_threadsafe`. An event goes to `Scheduler.step`, each decision that comes out is performed at once. Arriving
+objects go from the Storage SCP to the spool through `begin`.
+
+References
+----------
+* DICOM PS3.4, B.2.3 (C-STORE status); PS3.7, 9.1.1.1.9 and Annex C (0124H, not authorised)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import itertools
+import logging
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import pydicom
+
+from xca_imaging import settings
+from xca_imaging.errors import (
+    LocalProtocolError,
+    PeerError,
+    PeerRefused,
+    RegistryError,
+    RepositoryBusy,
+    RepositoryError,
+    SpoolFull,
+    XcaImagingError,
+)
+from xca_imaging.imaging import decisions as d
+from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult
+from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.backends.cmove import CMove
+from xca_imaging.imaging.ledger import Ledger, State, Want
+from xca_imaging.imaging.plan import FetchPlan, StudyIndex, build, unclear_series
+from xca_imaging.imaging.scheduler import Scheduler
+from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
+from xca_imaging.imaging.store_scp import Incoming, PeerAssociation, StoreRequest
+from xca_imaging.imaging.study import InstanceFacts, SeriesFacts
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_SUCCESS = 0x0000
+_NOT_AUTHORISED = 0x0124  # PS3.7 Annex C.5.13: what nobody asked for is not taken
+_OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
+
+_HEADER_LIMIT = 1 << 20
+"""Bytes of an arrived object that are read for its Study and Series Instance UID. Group 0008 and 0010 come before
+them; icons and private data come after."""
+
+
+class SeriesFinder(Protocol):
+    """What is asked of a PACS by C-FIND before it is asked to send; both methods block."""
+
+    def find_series(self, study_instance_uid: str) -> Sequence[SeriesFacts]: ...
+
+    def find_instances(self, study_instance_uid: str, series_instance_uid: str) -> Sequence[InstanceFacts]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A wanted instance is held."""
+
+    want: Want
+    instance: SpooledInstance
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """A wanted instance will not come."""
+
+    want: Want
+    error: RegistryError
+
+
+class Transfer:
+    """What one request has of its instances, for as long as its context is open."""
+
+    # Mutable state: the ledger, held instances, the log of what happened, and an event for each who waits for more.
+
+    def __init__(self, wants: Iterable[Want]) -> None:
+        self.ledger = Ledger(wants)
+        self._held: dict[Want, SpooledInstance] = {}
+        self._log: list[Arrived | Failed] = []
+        self._changed = asyncio.Event()
+
+    async def wait(self) -> None:
+        """Return when every wanted instance is held or has failed."""
+        async for _ in self.events():
+            pass
+
+    async def events(self) -> AsyncIterator[Arrived | Failed]:
+        """Give what has happened and what happens, one event for each want, until the ledger is complete."""
+        given = 0
+        while True:
+            while given < len(self._log):
+                yield self._log[given]
+                given += 1
+            if self.ledger.complete:
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    def held(self, want: Want) -> SpooledInstance:
+        """Return an instance that is held; its file stays until the context of the transfer is left."""
+        try:
+            return self._held[want]
+        except KeyError:
+            raise LocalProtocolError(f"instance {want.sop_instance_uid} is not held") from None
+
+    def _hold(self, want: Want, instance: SpooledInstance, attempts: int) -> None:
+        instance.hold()
+        self._held[want] = instance
+        self.ledger.hold(want, size=instance.size, transfer_syntax_uid=instance.transfer_syntax_uid, attempts=attempts)
+        self._log.append(Arrived(want, instance))
+        self._changed.set()
+
+    def _fail(self, want: Want, error: RegistryError, attempts: int = 0) -> None:
+        self.ledger.fail(want, error, attempts=attempts)
+        self._log.append(Failed(want, error))
+        self._changed.set()
+
+    def _fail_open(self, error: RegistryError) -> None:
+        for entry in self.ledger:
+            if entry.state in (State.MISSING, State.ARRIVING):
+                self._fail(entry.want, error.at(entry.want.sop_instance_uid))
+
+    def _release(self) -> None:
+        for instance in self._held.values():
+            instance.release()
+        self._held.clear()
+
+
+class Transfers:
+    """Fetches instances from the PACSs of a node; the Receiver of its Storage SCP.
+
+    Parameters
+    ----------
+    pacs : sequence of settings.Pacs
+    ae_title : str
+        Ours: calling AE title and move destination.
+    spool : Spool
+    stall_timeout : float
+        Seconds without a wanted byte after which a move is given up.
+    tls : ssl.SSLContext, optional
+        For the associations that we request.
+    make_backend, make_finder : callable
+        What moves and what asks, by PACS.
+    grace, backoff : float
+        See `Scheduler`.
+    close_timeout : float
+        Longest wait for moves to end after `close` has cancelled them: C-CANCEL, then A-ABORT two seconds later.
+    memory_of_series : int
+        Instances of which study and series are remembered, so that held ones serve without asking the PACS again.
+        200 bytes each.
+
+    Attributes
+    ----------
+    listener : tuple of str and int
+        Host and port of our Storage SCP, set before `start`; for texts that say what to configure on a PACS.
+    """
+
+    # Mutable state: the scheduler; transfers, stores, moves (their cancellation) and queries (their slot) by number;
+    # `_shared`: queries that several requests wait for; `_series_of`: where held instances belong, by SOP Instance
+    # UID, oldest first; `_peers`: which PACS an association comes from; `_tasks`: what runs in the background.
+
+    def __init__(
+        self,
+        *,
+        pacs: Sequence[settings.Pacs],
+        ae_title: str,
+        spool: Spool,
+        stall_timeout: float = 60.0,
+        tls: ssl.SSLContext | None = None,
+        make_backend: Callable[[settings.Pacs], Backend] | None = None,
+        make_finder: Callable[[settings.Pacs], SeriesFinder | None] | None = None,
+        grace: float = 1.0,
+        backoff: float = 0.5,
+        close_timeout: float = 5.0,
+        memory_of_series: int = 100_000,
+        seed: int | None = None,
+    ) -> None:
+        self.listener: tuple[str, int] = ("127.0.0.1", 11112)
+        self._settings = {each.name: each for each in pacs}
+        self._routes = {each.retrieve_location_uid: each.name for each in pacs}
+        self._ae_title, self._spool, self._tls = ae_title, spool, tls
+        self._stall_timeout, self._close_timeout = stall_timeout, close_timeout
+        self._memory_of_series = memory_of_series
+        # Three attempts to connect fit into one stall_timeout, so that a PACS that is gone is told within it.
+        self._connect_timeout = min(10.0, stall_timeout / 4)
+        # Progress is told to the scheduler at most so often: a step for each fragment would cost more than the write.
+        self._note_every = min(1.0, stall_timeout / 8)
+        self._make_backend, self._make_finder = make_backend or self._cmove, make_finder or self._cfind
+        self._scheduler = Scheduler(
+            {each.name: each.max_associations for each in pacs},
+            stall_timeout=stall_timeout,
+            randomness=random.Random(seed),  # noqa: S311 - spreads retries
+            grace=grace,
+            backoff=backoff,
+        )
+        # Each PACS's associations, and a few for looking into arrived objects.
+        self._executor = ThreadPoolExecutor(sum(each.max_associations for each in pacs) + 2, "transfer")
+        self._backends: dict[str, Backend] = {}
+        self._finders: dict[str, SeriesFinder | None] = {}
+        self._hosts: dict[str, set[str]] = {}
+        self._numbers = itertools.count(1)
+        self._transfers: dict[int, Transfer] = {}
+        self._stores: dict[int, _Arrival] = {}
+        self._moves: dict[int, threading.Event] = {}
+        self._queries: dict[int, asyncio.Future[None]] = {}
+        self._shared: dict[tuple[str, ...], asyncio.Task[Any]] = {}
+        self._series_of: dict[str, tuple[str, str, str]] = {}
+        self._peers: dict[int, str | None] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._answer: d.AcceptStore | d.DropStore | d.RefuseStore | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._idle = asyncio.Event()
+        self._closing = False
+
+    def _cmove(self, pacs: settings.Pacs) -> Backend:
+        return CMove(
+            pacs,
+            ae_title=self._ae_title,
+            listener=self.listener,
+            tls=self._tls,
+            connect_timeout=self._connect_timeout,
+        )
+
+    def _cfind(self, pacs: settings.Pacs) -> SeriesFinder:
+        return Finder(
+            pacs,
+            self._ae_title,
+            self._tls,
+            connect_timeout=self._connect_timeout,
+            response_timeout=min(60.0, self._stall_timeout),
+        )
+
+    # --- life -----------------------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Get ready to fetch: back ends, and the addresses by which PACSs are told apart when they call."""
+        self._loop = asyncio.get_running_loop()
+        for name, pacs in self._settings.items():
+            self._backends[name] = self._make_backend(pacs)
+            self._finders[name] = self._make_finder(pacs)
+            self._hosts[name] = {pacs.host}
+            self._spawn(self._resolve(name, pacs))
+
+    async def close(self, drain: float) -> None:
+        """Let running transfers end for at most `drain` seconds, fail the rest, end every move."""
+        self._closing = True
+        running = [asyncio.ensure_future(each.wait()) for each in self._transfers.values()]
+        if running:
+            _, late = await asyncio.wait(running, timeout=drain)
+            for number, transfer in tuple(self._transfers.items()):
+                transfer._fail_open(RepositoryBusy("this imaging source is going down"))
+                self._step(d.Withdrawn(number))
+            await asyncio.gather(*late)
+        for cancelled in self._moves.values():
+            cancelled.set()
+        for task in tuple(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._moves:
+            self._idle.clear()
+            try:
+                async with asyncio.timeout(self._close_timeout):
+                    await self._idle.wait()
+            except TimeoutError:
+                _log.warning("%d moves did not end within %g s", len(self._moves), self._close_timeout)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def _resolve(self, name: str, pacs: settings.Pacs) -> None:
+        try:
+            found = await self._loop.getaddrinfo(pacs.host, pacs.port, type=socket.SOCK_STREAM)
+        except OSError as exc:
+            _log.info("%s: host %s cannot be resolved now: %s", name, pacs.host, exc)
+            return
+        self._hosts[name].update(str(address[0]) for *_, address in found)
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def fetch(
+        self,
+        wants: Iterable[Want],
+        *,
+        accept: Sequence[str],
+        asker: str = "local",
+        priority: d.Priority = d.Priority.ROUTINE,
+    ) -> AsyncIterator[Transfer]:
+        """Fetch instances, each in one of the accepted transfer syntaxes.
+
+        What arrives is held until the context is left. Leaving it early gives up what nobody else waits for.
+        """
+        transfer = Transfer(wants)
+        number = next(self._numbers)
+        self._transfers[number] = transfer
+        task = self._spawn(self._prepare(number, transfer, tuple(dict.fromkeys(accept)), asker, priority))
+        try:
+            yield transfer
+        finally:
+            task.cancel()
+            del self._transfers[number]
+            self._step(d.Withdrawn(number))
+            transfer._release()
+
+    async def _prepare(
+        self, number: int, transfer: Transfer, accept: tuple[str, ...], asker: str, priority: d.Priority
+    ) -> None:
+        try:
+            if self._closing:
+                raise RepositoryBusy("this imaging source is going down")
+            wants = [entry.want for entry in transfer.ledger]
+            plan = self._settle_known(transfer, build(wants, accept=accept, routes=self._routes), accept)
+            if plan.fetches:
+                wants = [want for fetch in plan.fetches for want in fetch.wants]
+                facts = await self._learn(wants, accept)
+                plan = build(wants, accept=accept, routes=self._routes, facts=facts)
+                plan = self._settle_known(transfer, plan, accept)
+            if plan.fetches:
+                room = self._spool.free_bytes
+                self._step(d.Asked(number, plan.fetches, accept, room, asker, priority))
+        except RegistryError as error:
+            transfer._fail_open(error)
+        except Exception as exc:
+            # Whoever waits for this transfer must not wait for ever because of a defect here.
+            _log.exception("a transfer could not be prepared")
+            transfer._fail_open(RepositoryError(f"internal error: {type(exc).__name__}"))
+
+    def _settle_known(self, transfer: Transfer, plan: FetchPlan, accept: tuple[str, ...]) -> FetchPlan:
+        """Enter what is refused, and what the spool holds already, into the ledger; return what is left."""
+        for want, error in plan.refused:
+            transfer._fail(want, error)
+        left = []
+        for fetch in plan.fetches:
+            missing = []
+            place = (fetch.pacs, fetch.study_instance_uid, fetch.series_instance_uid)
+            for want in fetch.wants:
+                instance = None
+                if self._series_of.get(want.sop_instance_uid) == place:
+                    instance = self._spool.find(want.sop_instance_uid, accept)
+                if instance is not None:
+                    transfer._hold(want, instance, attempts=0)
+                else:
+                    missing.append(want)
+            if missing:
+                left.append(fetch.only(missing))
+        return FetchPlan(tuple(left), ())
+
+    async def _learn(self, wants: Sequence[Want], accept: Sequence[str]) -> dict[tuple[str, str], StudyIndex]:
+        """Ask the PACSs what the studies have: by series, and where that is not enough by instance."""
+        facts: dict[tuple[str, str], StudyIndex] = {}
+        studies = tuple(dict.fromkeys((self._routes[w.repository_unique_id], w.study_instance_uid) for w in wants))
+        for key, series in zip(
+            studies, await asyncio.gather(*(self._find_series(*key) for key in studies)), strict=True
+        ):
+            if series is not None:
+                facts[key] = StudyIndex(series)
+        unclear = unclear_series(build(wants, accept=accept, routes=self._routes, facts=facts), facts)
+        found = await asyncio.gather(*(self._find_instances(*key) for key in unclear))
+        for (pacs, study, uid), instances in zip(unclear, found, strict=True):
+            if instances is not None:
+                known = facts[pacs, study]
+                facts[pacs, study] = StudyIndex(known.series, {**known.instances, uid: instances})
+        return facts
+
+    # --- C-FIND ---------------------------------------------------------------------------------------------------
+
+    async def _find_series(self, pacs: str, study: str) -> Mapping[str, int | None] | None:
+        finder = self._finders[pacs]
+        if finder is None:
+            return None
+
+        async def ask() -> Mapping[str, int | None] | None:
+            series = await self._query(pacs, lambda: finder.find_series(study))
+            return None if series is None else {s.series_instance_uid: s.number_of_instances for s in series}
+
+        return await self._share((pacs, study), ask)
+
+    async def _find_instances(self, pacs: str, study: str, series: str) -> Mapping[str, str] | None:
+        finder = self._finders[pacs]
+        if finder is None:
+            return None
+
+        async def ask() -> Mapping[str, str] | None:
+            found = await self._query(pacs, lambda: finder.find_instances(study, series))
+            return None if found is None else {i.sop_instance_uid: i.sop_class_uid for i in found}
+
+        return await self._share((pacs, study, series), ask)
+
+    async def _share(self, key: tuple[str, ...], ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """Ask once, however many ask the same at the same time; one who goes away leaves it to the others."""
+        task = self._shared.get(key)
+        if task is None:
+            task = self._shared[key] = self._spawn(ask())
+            task.add_done_callback(lambda _: self._shared.pop(key, None))
+        shared: T = await asyncio.shield(task)
+        return shared
+
+    async def _query(self, pacs: str, ask: Callable[[], T]) -> T | None:
+        """Ask a PACS when it has a free slot; None when it cannot tell."""
+        number = next(self._numbers)
+        slot = self._queries[number] = self._loop.create_future()
+        try:
+            self._step(d.QueryAsked(number, pacs))
+            await slot
+            return await self._ask(pacs, ask)
+        finally:
+            del self._queries[number]
+            self._step(d.QueryFinished(number, pacs))
+
+    async def _ask(self, pacs: str, ask: Callable[[], T]) -> T | None:
+        try:
+            return await self._loop.run_in_executor(self._executor, ask)
+        except XcaImagingError as error:
+            _log.info("going on without C-FIND: %s", error)
+        except Exception:
+            # C-FIND only helps; a defect in it must not end a retrieval that works without.
+            _log.exception("C-FIND at %s failed", pacs)
+        return None
+
+    async def _check_series(self, decision: d.CheckSeries) -> None:
+        finder = self._finders[decision.pacs]
+        present = None
+        if finder is not None:
+            study, series = decision.study_instance_uid, decision.series_instance_uid
+            found = await self._ask(decision.pacs, lambda: finder.find_instances(study, series))
+            present = None if found is None else {i.sop_instance_uid: i.sop_class_uid for i in found}
+        self._step(d.QueryFinished(decision.query, decision.pacs, present))
+
+    # --- events and decisions -------------------------------------------------------------------------------------
+
+    def _step(self, event: d.Event) -> None:
+        for decision in self._scheduler.step(event, self._loop.time()):
+            self._perform(decision)
+
+    def _perform(self, decision: d.Decision) -> None:
+        match decision:
+            case d.BeginInstance(request, want):
+                if transfer := self._transfers.get(request):
+                    transfer.ledger.begin(want)
+            case d.LoseInstance(request, want):
+                if transfer := self._transfers.get(request):
+                    transfer.ledger.lose(want)
+            case d.CompleteInstance(request, want, store, attempts):
+                if transfer := self._transfers.get(request):
+                    instance = self._stores[store].instance
+                    assert instance is not None
+                    transfer._hold(want, instance, attempts)
+                    self._remember(want)
+            case d.FailInstance(request, want, error, attempts):
+                if transfer := self._transfers.get(request):
+                    transfer._fail(want, error, attempts)
+            case d.AcceptStore() | d.DropStore() | d.RefuseStore():
+                self._answer = decision
+            case d.StartMove():
+                self._start_move(decision)
+            case d.CancelMove(move, reason):
+                _log.info("move %d is cancelled: %s", move, reason)
+                self._moves[move].set()
+            case d.StartQuery(query):
+                if not self._queries[query].done():
+                    self._queries[query].set_result(None)
+            case d.CheckSeries():
+                self._spawn(self._check_series(decision))
+            case d.WakeAt(time):
+                if self._timer is not None:
+                    self._timer.cancel()
+                self._timer = self._loop.call_at(time, self._step, d.Woke())
+
+    def _remember(self, want: Want) -> None:
+        self._series_of.pop(want.sop_instance_uid, None)
+        self._series_of[want.sop_instance_uid] = (
+            self._routes[want.repository_unique_id],
+            want.study_instance_uid,
+            want.series_instance_uid,
+        )
+        if len(self._series_of) > self._memory_of_series:
+            del self._series_of[next(iter(self._series_of))]
+
+    def _start_move(self, decision: d.StartMove) -> None:
+        cancelled = self._moves[decision.move] = threading.Event()
+        backend = self._backends[decision.pacs]
+        is_list = decision.level == "IMAGE"
+        job = MoveJob(
+            decision.level,
+            decision.study_instance_uid,
+            decision.series_instance_uid,
+            decision.instances if is_list else (),
+        )
+        _log.info(
+            "%s: move %d, %s level, %d instances", decision.pacs, decision.move, job.level, len(decision.instances)
+        )
+        self._executor.submit(self._run_move, decision.move, backend, job, cancelled)
+
+    def _run_move(self, move: int, backend: Backend, job: MoveJob, cancelled: threading.Event) -> None:
+        """Run one move; in a thread."""
+        said = time.monotonic()
+
+        def on_response(_: MoveResult) -> None:
+            nonlocal said
+            if time.monotonic() - said >= self._note_every:
+                said = time.monotonic()
+                self._post(d.MoveResponded(move))
+
+        try:
+            result = backend.move(job, on_response, cancelled)
+            event = d.MoveFinished(move, result.status, result.completed, result.failed_uids, result.error_comment)
+        except PeerError as error:
+            event = d.MoveFinished(move, error=error)
+        except Exception as exc:
+            _log.exception("a move failed by a defect")
+            event = d.MoveFinished(move, error=PeerRefused(backend.pacs.name, f"internal error: {type(exc).__name__}"))
+        self._post(event)
+
+    def _post(self, event: d.MoveResponded | d.MoveFinished) -> None:
+        """Hand an event of a thread to the loop."""
+        with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(self._take_posted, event)
+
+    def _take_posted(self, event: d.MoveResponded | d.MoveFinished) -> None:
+        if isinstance(event, d.MoveFinished):
+            del self._moves[event.move]
+            if not self._moves:
+                self._idle.set()
+        self._step(event)
+
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    # --- the Storage SCP's receiver -------------------------------------------------------------------------------
+
+    def accepted_syntaxes(self, association: PeerAssociation) -> Sequence[str] | None:
+        """Return what was asked of this PACS, in the order of the request."""
+        return self._scheduler.accepted_syntaxes(self._identify(association))
+
+    def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
+        """Remember what could not be negotiated: it explains instances that will not come."""
+        self._step(d.SyntaxesRefused(self._identify(association), refused))
+
+    def association_closed(self, association: PeerAssociation, reason: str) -> None:
+        """Forget the peer; what it was sending was discarded before."""
+        self._peers.pop(association.id, None)
+
+    def begin(self, request: StoreRequest) -> Incoming | int:
+        """Take an instance that somebody waits for; refuse it (0124H) when nobody does."""
+        store = next(self._numbers)
+        uid, syntax = request.sop_instance_uid, request.transfer_syntax_uid
+        answer = self._offer(
+            d.StoreOffered(
+                store,
+                self._identify(request.association),
+                request.sop_class_uid,
+                uid,
+                syntax,
+                is_spooled=self._spool.find(uid, (syntax,)) is not None,
+            )
+        )
+        match answer:
+            case d.AcceptStore(verify=verify):
+                arrival = _Arrival(self, store, verify)
+                self._stores[store] = arrival
+                return arrival.open(request)
+            case d.DropStore():
+                return _Dropped()
+            case d.RefuseStore(reason=reason):
+                _log.info(
+                    "%s sends %s, refused: %s", request.association.calling_ae_title, request.sop_instance_uid, reason
+                )
+        return _NOT_AUTHORISED
+
+    def _offer(self, event: d.StoreOffered) -> d.AcceptStore | d.DropStore | d.RefuseStore | None:
+        self._step(event)
+        answer, self._answer = self._answer, None
+        return answer
+
+    def _identify(self, association: PeerAssociation) -> str | None:
+        """Return which PACS calls: by its AE title, its address where that is not enough, None when neither tells.
+
+        A PACS may send under another AE title than the one that it is called by.
+        """
+        if association.id in self._peers:
+            return self._peers[association.id]
+        titled = [n for n, pacs in self._settings.items() if pacs.ae_title == association.calling_ae_title]
+        if len(titled) != 1:
+            titled = [n for n in titled or self._settings if association.host in self._hosts[n]]
+        name = self._peers[association.id] = titled[0] if len(titled) == 1 else None
+        return name
+
+
+class _Dropped:
+    """An instance that we own already: received, answered with Success, forgotten."""
+
+    def write(self, data: memoryview) -> None:
+        pass
+
+    def commit(self) -> int:
+        return _SUCCESS
+
+    def discard(self, reason: str) -> None:
+        pass
+
+
+class _Arrival:
+    """A wanted instance on its way into the spool."""
+
+    # Mutable state: the writer, the spooled instance after `commit`, when progress was told last, and whether the
+    # scheduler knows that it is over.
+    __slots__ = ("_is_over", "_noted", "_number", "_transfers", "_verify", "_writer", "instance")
+
+    def __init__(self, transfers: Transfers, number: int, verify: bool) -> None:
+        self._transfers, self._number, self._verify = transfers, number, verify
+        self._writer: SpoolWriter | None = None
+        self.instance: SpooledInstance | None = None
+        self._noted = transfers._loop.time()
+        self._is_over = False
+
+    def open(self, request: StoreRequest) -> Incoming | int:
+        try:
+            self._writer = self._transfers._spool.create(
+                sop_class_uid=request.sop_class_uid,
+                sop_instance_uid=request.sop_instance_uid,
+                transfer_syntax_uid=request.transfer_syntax_uid,
+                source_ae_title=request.association.calling_ae_title,
+            )
+        except (SpoolFull, OSError) as exc:
+            self._break(str(exc), no_room=True)
+            return _OUT_OF_RESOURCES
+        return self
+
+    def write(self, data: memoryview) -> None:
+        assert self._writer is not None
+        try:
+            self._writer.write(data)
+        except (SpoolFull, OSError) as exc:
+            self._break(str(exc), no_room=True)
+            raise
+        now = self._transfers._loop.time()
+        if now - self._noted >= self._transfers._note_every:
+            self._noted = now
+            self._transfers._step(d.BytesArrived(self._number))
+
+    def commit(self) -> int:
+        assert self._writer is not None
+        try:
+            instance = self._writer.commit()
+        except (SpoolFull, OSError) as exc:
+            self._break(str(exc), no_room=True)
+            return _OUT_OF_RESOURCES
+        self.instance = instance
+        self._is_over = True
+        if self._verify:
+            instance.hold()  # until its header has been read
+            self._transfers._spawn(self._read_header(instance))
+        else:
+            self._finish(d.InstanceArrived(self._number))
+        return _SUCCESS
+
+    def discard(self, reason: str) -> None:
+        self._break(reason, no_room=False)
+
+    async def _read_header(self, instance: SpooledInstance) -> None:
+        transfers = self._transfers
+        try:
+            study, series = await transfers._loop.run_in_executor(transfers._executor, _read_place, instance.path)
+            event: d.InstanceArrived | d.StoreBroken = d.InstanceArrived(self._number, study, series)
+        except Exception as exc:  # whatever pydicom raises for an object that it cannot read
+            event = d.StoreBroken(self._number, f"its header cannot be read: {exc}")
+        self._finish(event)
+        instance.release()
+
+    def _break(self, reason: str, *, no_room: bool) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._writer is not None:
+            self._writer.discard()
+        self._finish(d.StoreBroken(self._number, reason, no_room))
+
+    def _finish(self, event: d.InstanceArrived | d.StoreBroken) -> None:
+        self._transfers._step(event)
+        del self._transfers._stores[self._number]
+
+
+def _read_place(path: Path) -> tuple[str, str]:
+    """Return Study and Series Instance UID of a Part 10 file, from its first part only."""
+    with open(path, "rb") as file:
+        head = io.BytesIO(file.read(_HEADER_LIMIT))
+    dataset = pydicom.dcmread(
+        head, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"], force=False
+    )
+    return str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)
