@@ -1,0 +1,286 @@
+"""A node: its HTTP application, its DICOM listener and everything behind them, started and stopped in order.
+
+`Node` is the one place where the parts are put together. HTTP is aiohttp's; what is ours are its limits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import TypeVar
+
+from aiohttp import web
+
+from xca_imaging.data_files import data_folder
+from xca_imaging.errors import ConfigurationError, SpoolFull
+from xca_imaging.gateway import listeners
+from xca_imaging.gateway.documents import DocumentActors
+from xca_imaging.gateway.exchange import Exchange, Operation
+from xca_imaging.gateway.imaging_source import ImagingDocumentSource
+from xca_imaging.gateway.responding import RespondingGateway
+from xca_imaging.imaging.spool import Spool
+from xca_imaging.imaging.store_scp import StoreScp
+from xca_imaging.imaging.transfer import Transfers
+from xca_imaging.operations.metrics import Metrics
+from xca_imaging.registry.document_registry import Registry
+from xca_imaging.registry.provide import Repository
+from xca_imaging.security import tls
+from xca_imaging.settings import Settings
+
+log = logging.getLogger(__name__)
+
+_DATABASE_THREADS = 4  # SQLite has one writer; a few readers beside it
+_EXPIRE_EVERY = 5.0  # s between looks for spooled instances whose retention has passed
+T = TypeVar("T")
+
+_WSDL_ADDRESS = "REPLACE_WITH_ACTUAL_URL"
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Node:
+    """One node, by its settings. Use as an asynchronous context manager: it serves inside."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._resources = AsyncExitStack()
+        self._runner: web.AppRunner | None = None
+        self._server: asyncio.Server | None = None
+        self.http_address = ("", 0)
+        self.dicom_address = ("", 0)
+
+    async def __aenter__(self) -> Node:
+        async with AsyncExitStack() as resources:
+            await self._start(resources)
+            self._resources = resources.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop listening, let running transfers end within `node.drain_timeout`, close everything."""
+        await self._resources.aclose()
+
+    async def _start(self, resources: AsyncExitStack) -> None:
+        settings, limits = self._settings, self._settings.limits
+        https = tls.server_context(settings, settings.http.tls, "http.tls")
+        dicom_server = tls.server_context(settings, settings.dicom.tls, "dicom.tls")
+        dicom_client = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
+        _make_folder(settings, settings.data_dir)
+        metrics = Metrics()
+
+        executor = ThreadPoolExecutor(_DATABASE_THREADS, thread_name_prefix="registry")
+        resources.callback(executor.shutdown)
+        registry = Registry.open(
+            settings.database_url,
+            home_community_id=settings.node.home_community_id,
+            assigning_authorities=settings.registry.assigning_authorities,
+            strict_patients=settings.registry.strict_patients,
+            max_results=settings.registry.max_results,
+        )
+        resources.callback(registry.close)
+        repository = None
+        if settings.repository.unique_id:
+            repository = Repository(
+                registry, settings.data_dir / "documents", repository_unique_id=settings.repository.unique_id
+            )
+
+        spool = Spool(
+            settings.data_dir / "spool", max_bytes=settings.spool.max_bytes, retention=settings.spool.retention
+        )
+        resources.callback(spool.close)
+        expiry = asyncio.create_task(_expire(spool))
+        resources.callback(expiry.cancel)
+
+        transfers = Transfers(
+            pacs=settings.pacs,
+            ae_title=settings.dicom.ae_title,
+            spool=spool,
+            stall_timeout=limits.stall_timeout,
+            tls=dicom_client,
+        )
+        scp = StoreScp(
+            transfers,
+            ae_title=settings.dicom.ae_title,
+            host=settings.dicom.host,
+            port=settings.dicom.port,
+            ssl=dicom_server,
+            max_associations=limits.associations,
+            artim_timeout=limits.artim_timeout,
+            stall_timeout=limits.stall_timeout,
+        )
+        await _bind(settings, "dicom", settings.dicom.host, settings.dicom.port, scp.start())
+        resources.push_async_callback(scp.close, 0.0)
+        self.dicom_address = scp.sockets[0]
+        transfers.listener = self.dicom_address
+        await transfers.start()
+        resources.push_async_callback(transfers.close, 0.0)
+
+        documents = DocumentActors(registry, repository, executor)
+        source = ImagingDocumentSource(transfers, metrics)
+        gateway = RespondingGateway(settings.node.home_community_id, documents, source)
+        services = {
+            "registry": documents.registry_operations(),
+            "repository": documents.repository_operations(),
+            "imaging-source": source.operations(),
+            "responding-gateway": gateway.operations(),
+            "responding-imaging-gateway": gateway.imaging_operations(),
+        }
+        _watch(metrics, spool, scp)
+        application = self._application(Exchange(spool, limits, metrics), services, metrics, registry, spool)
+        await self._listen(application, https, resources)
+        listeners.write(settings, self.http_address, self.dicom_address)
+        resources.callback(listeners.remove, settings)
+
+    def _application(
+        self,
+        exchange: Exchange,
+        services: Mapping[str, Sequence[Operation]],
+        metrics: Metrics,
+        registry: Registry,
+        spool: Spool,
+    ) -> web.Application:
+        application = web.Application()
+        wsdl = data_folder("wsdl")
+        for name, operations in services.items():
+            by_action = {operation.transaction.request_action: operation for operation in operations}
+            application.router.add_post(f"/services/{name}", _soap_handler(exchange, by_action))
+            application.router.add_get(f"/services/{name}", self._wsdl_handler(wsdl / f"{name}.wsdl"))
+        for schema in wsdl.glob("*.xsd"):
+            # The WSDLs import their schemas by relative location, so they lie beside the services.
+            application.router.add_get(f"/services/{schema.name}", _file_handler(schema))
+
+        async def live(request: web.Request) -> web.Response:
+            return web.json_response({"status": "live"})
+
+        async def ready(request: web.Request) -> web.Response:
+            reasons = await _unready(registry, spool)
+            body = {"status": "not ready" if reasons else "ready", "reasons": reasons}
+            return web.json_response(body, status=503 if reasons else 200)
+
+        async def exposition(request: web.Request) -> web.Response:
+            return web.Response(body=metrics.exposition(), headers={"Content-Type": metrics.content_type})
+
+        application.router.add_get("/health/live", live)
+        application.router.add_get("/health/ready", ready)
+        application.router.add_get("/metrics", exposition)
+        return application
+
+    def _wsdl_handler(self, file: Path) -> Handler:
+        async def wsdl(request: web.Request) -> web.Response:
+            if "wsdl" not in {key.lower() for key in request.query}:
+                raise web.HTTPMethodNotAllowed("GET", ["POST"], text="SOAP 1.2 over POST; the WSDL is at ?wsdl\n")
+            scheme = "https" if self._settings.http.tls else "http"
+            text = file.read_text(encoding="utf-8").replace(_WSDL_ADDRESS, f"{scheme}://{request.host}{request.path}")
+            return web.Response(text=text, content_type="text/xml", charset="utf-8")
+
+        return wsdl
+
+    async def _listen(
+        self, application: web.Application, https: ssl.SSLContext | None, resources: AsyncExitStack
+    ) -> None:
+        settings, limits = self._settings, self._settings.limits
+        # handler_cancellation: a client that goes away cancels its transfer. keepalive_timeout runs from the moment
+        # of connection until the headers of a request are complete: it is the limit of a client that sends none.
+        runner = web.AppRunner(
+            application,
+            handler_cancellation=True,
+            keepalive_timeout=limits.header_timeout,
+            shutdown_timeout=settings.node.drain_timeout,
+            access_log=None,
+            auto_decompress=False,
+        )
+        await runner.setup()
+        resources.push_async_callback(runner.cleanup)
+        server = runner.server
+        assert server is not None
+
+        def connection() -> asyncio.Protocol:
+            return server() if len(server.connections) < limits.http_connections else _TooManyConnections()
+
+        loop = asyncio.get_running_loop()
+        listening = await _bind(
+            settings,
+            "http",
+            settings.http.host,
+            settings.http.port,
+            loop.create_server(
+                connection,
+                settings.http.host,
+                settings.http.port,
+                ssl=https,
+                ssl_handshake_timeout=limits.header_timeout if https else None,
+                backlog=512,
+            ),
+        )
+        resources.callback(listening.close)
+        self.http_address = listening.sockets[0].getsockname()[:2]
+
+
+class _TooManyConnections(asyncio.Protocol):
+    """Tells a client beyond `limits.http_connections` to come back later."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.WriteTransport)
+        transport.write(b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        transport.close()
+
+
+async def _bind(settings: Settings, section: str, host: str, port: int, start: Awaitable[T]) -> T:
+    try:
+        return await start
+    except OSError as exc:
+        problem = f"cannot listen on {host}:{port}: {exc.strerror or exc}"
+        raise ConfigurationError(str(settings.file), f"{section}.port", problem, "is another node running?") from exc
+
+
+def _make_folder(settings: Settings, folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        problem = f"{folder} cannot be made: {exc.strerror}"
+        raise ConfigurationError(str(settings.file), "node.data_dir", problem, "choose a writable folder") from exc
+
+
+def _soap_handler(exchange: Exchange, operations: Mapping[str, Operation]) -> Handler:
+    async def soap(request: web.Request) -> web.StreamResponse:
+        return await exchange.handle(request, operations)
+
+    return soap
+
+
+def _file_handler(file: Path) -> Handler:
+    async def schema(request: web.Request) -> web.Response:
+        return web.Response(body=file.read_bytes(), content_type="text/xml", charset="utf-8")
+
+    return schema
+
+
+def _watch(metrics: Metrics, spool: Spool, scp: StoreScp) -> None:
+    metrics.watch("spool_used_bytes", "Bytes in the spool", lambda: spool.used_bytes)
+    metrics.watch("spool_free_bytes", "Room left in the spool", lambda: spool.free_bytes)
+    metrics.watch("dicom_associations", "Inbound associations open", lambda: len(scp.associations))
+
+
+async def _unready(registry: Registry, spool: Spool) -> list[str]:
+    reasons = []
+    try:
+        await asyncio.get_running_loop().run_in_executor(None, registry.check)
+    except Exception as exc:
+        log.warning("the registry database does not answer: %s", exc)
+        reasons.append("the registry database does not answer")
+    try:
+        if spool.free_bytes <= 0:
+            raise SpoolFull("the spool has no room")
+    except (SpoolFull, OSError) as exc:
+        reasons.append(str(exc))
+    return reasons
+
+
+async def _expire(spool: Spool) -> None:
+    while True:
+        await asyncio.sleep(_EXPIRE_EVERY)
+        spool.expire()

@@ -1,0 +1,158 @@
+"""Document Registry and Document Repository: ITI-18, ITI-42, ITI-41 (RAD-68) and ITI-43 of this node.
+
+References
+----------
+* IHE ITI TF-2, 3.18, 3.41, 3.42, 3.43
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from typing import TypeVar
+
+from lxml import etree
+
+from xca_imaging import uids
+from xca_imaging.errors import (
+    DocumentUniqueIdError,
+    MalformedMessage,
+    RegistryError,
+    RepositoryError,
+    UnknownRepositoryId,
+)
+from xca_imaging.gateway.exchange import Answer, Context, Operation, Part
+from xca_imaging.metadata import ebrim
+from xca_imaging.metadata.model import Submission
+from xca_imaging.metadata.stored_query import StoredQuery
+from xca_imaging.registry.document_registry import Registry
+from xca_imaging.registry.documents import Content
+from xca_imaging.registry.provide import Repository
+from xca_imaging.registry.search import Found
+from xca_imaging.transactions import iti18, iti41, iti42, iti43
+from xca_imaging.transactions.adhoc_query import QueryResponse
+from xca_imaging.transactions.document_set import DocumentRequest, DocumentResponse, RetrieveRequest, RetrieveResponse
+from xca_imaging.transactions.registry_response import response_to
+from xca_imaging.transactions.submission import ProvideRequest
+from xca_imaging.wire.mtom import Reference
+from xca_imaging.wire.xml import serialize
+
+T = TypeVar("T")
+
+
+class DocumentActors:
+    """The registry of this node, and its repository where `repository.unique_id` is set.
+
+    Database and files are used in `executor`, never on the event loop.
+    """
+
+    def __init__(self, registry: Registry, repository: Repository | None, executor: Executor) -> None:
+        self._registry, self._repository, self._executor = registry, repository, executor
+
+    def registry_operations(self) -> Sequence[Operation]:
+        return (
+            Operation(iti18.TRANSACTION, iti18.decode_request, self._query, refuse_query),
+            Operation(iti42.TRANSACTION, iti42.decode_request, self._register, refuse_submission),
+        )
+
+    def repository_operations(self) -> Sequence[Operation]:
+        return (
+            Operation(
+                iti41.TRANSACTION, iti41.decode_request, self._provide, refuse_submission, takes_attachments=True
+            ),
+            Operation(iti43.TRANSACTION, iti43.decode_request, self._retrieve, refuse_retrieval),
+        )
+
+    async def find(self, query: StoredQuery) -> Found:
+        """Return what a stored query finds; raises RegistryError."""
+        return await self._run(partial(self._registry.query, query))
+
+    async def documents(
+        self, requests: Sequence[DocumentRequest]
+    ) -> tuple[list[tuple[DocumentRequest, DocumentResponse, Part]], list[tuple[DocumentRequest, RegistryError]]]:
+        """Return the documents of this repository that are asked for, and why the others are not there."""
+        found: list[tuple[DocumentRequest, DocumentResponse, Part]] = []
+        failed: list[tuple[DocumentRequest, RegistryError]] = []
+        for index, request in enumerate(dict.fromkeys(requests), 1):
+            try:
+                response, part = await self._run(partial(self._document, request, index))
+                found.append((request, response, part))
+            except RegistryError as exc:
+                failed.append((request, exc))
+        return found, failed
+
+    async def _run(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, call)
+
+    def _document(self, request: DocumentRequest, index: int) -> tuple[DocumentResponse, Part]:
+        unique_id = request.document_unique_id
+        if self._repository is None or request.repository_unique_id != self._repository.repository_unique_id:
+            raise UnknownRepositoryId(f"{request.repository_unique_id} is not a repository here", unique_id)
+        stored = self._repository.find(unique_id)
+        if stored is None:
+            raise DocumentUniqueIdError(f"no document {unique_id} in this repository", unique_id)
+        content_id = f"{index}.document@xca-imaging"
+        response = DocumentResponse(
+            request.home_community_id,
+            request.repository_unique_id,
+            unique_id,
+            stored.mime_type,
+            Reference(content_id),
+        )
+        return response, Part(content_id, stored.mime_type, stored.size, stored.path)
+
+    # --- operations ---------------------------------------------------------------------------------------------------
+
+    async def _query(self, query: StoredQuery, context: Context) -> Answer:
+        found = await self.find(query)
+        return Answer(iti18.encode_response_fragments(response_to(), fragments_of(found)))
+
+    async def _register(self, submission: Submission, context: Context) -> Answer:
+        registered = await self._run(partial(self._registry.register, submission))
+        return Answer(iti42.encode_response(response_to(registered.warnings)))
+
+    async def _provide(self, request: ProvideRequest, context: Context) -> Answer:
+        if self._repository is None:
+            raise RepositoryError("this node stores no documents: its repository.unique_id is not set")
+        contents = {entry: _content(content, context) for entry, content in request.documents.items()}
+        registered = await self._run(partial(self._repository.provide, request.submission, contents))
+        return Answer(iti41.encode_response(response_to(registered.warnings)))
+
+    async def _retrieve(self, request: RetrieveRequest, context: Context) -> Answer:
+        found, failed = await self.documents(request.documents)
+        errors = [error.at(asked.document_unique_id) for asked, error in failed]
+        body = iti43.encode_response(
+            RetrieveResponse(response_to(errors, found=len(found)), tuple(response for _, response, _ in found))
+        )
+        return Answer(body, [part for _, _, part in found])
+
+
+def fragments_of(found: Found) -> list[bytes]:
+    """Return the serialised objects, or references, of a query's result."""
+    return [*found.fragments, *(serialize(ebrim.encode_reference(ref)) for ref in found.refs)]
+
+
+def refuse_query(errors: Sequence[RegistryError]) -> etree._Element:
+    """Return the AdhocQueryResponse that holds nothing but errors."""
+    return iti18.encode_response(QueryResponse(uids.STATUS_FAILURE, tuple(errors)))
+
+
+def refuse_submission(errors: Sequence[RegistryError]) -> etree._Element:
+    """Return the RegistryResponse of a submission that left no trace."""
+    return iti42.encode_response(response_to(errors))
+
+
+def refuse_retrieval(errors: Sequence[RegistryError]) -> etree._Element:
+    """Return the RetrieveDocumentSetResponse without documents."""
+    return iti43.encode_response(RetrieveResponse(response_to(errors)))
+
+
+def _content(content: Reference | bytes, context: Context) -> Content:
+    if isinstance(content, bytes):
+        return Content.of(content)
+    attachment = context.attachments.get(content.content_id)
+    if attachment is None:
+        raise MalformedMessage(f"the message has no part with Content-ID {content.content_id!r}")
+    return Content(attachment.size, attachment.sha1, path=attachment.path)

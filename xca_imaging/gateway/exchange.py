@@ -1,0 +1,411 @@
+"""THE PATH of one SOAP request, top to bottom.
+
+`handle` reads the message, finds the operation that its action names at this endpoint, has it performed and writes the
+answer; every error becomes a SOAP fault or a RegistryResponse here and nowhere else.
+
+* What is not SOAP at all gets an HTTP status without a body: 415, 408.
+* A message that breaks SOAP, WS-Addressing, MIME or the transaction's schema gets a fault, with HTTP 500: clients built
+  on Apache CXF lose the reason of a 400.
+* A request that was understood and cannot be met gets its transaction's response with RegistryErrors, with HTTP 200.
+
+References
+----------
+* IHE ITI TF-2, Appendix V; IHE ITI TF-3, 4.2.4; SOAP 1.2 Part 1, 5.4; RFC 2046, 5.1.1 (the preamble is ignored)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import uuid
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from aiohttp import HttpVersion11, web
+from lxml import etree
+
+from xca_imaging import uids
+from xca_imaging.errors import (
+    ActionNotSupported,
+    InvalidAddressingHeader,
+    PeerError,
+    RegistryError,
+    RemoteProtocolError,
+    RepositoryOutOfResources,
+    SpoolFull,
+    SubmissionRefused,
+    XcaImagingError,
+)
+from xca_imaging.imaging.spool import Attachment, AttachmentWriter, Spool
+from xca_imaging.operations.metrics import Metrics
+from xca_imaging.settings import Limits
+from xca_imaging.transactions.table import Transaction
+from xca_imaging.wire import addressing, mtom, multipart, soap, xml
+
+log = logging.getLogger(__name__)
+
+# After this long without an answer the response is begun and kept alive with MIME preamble lines; common client and
+# proxy read time-outs are 30 s and 60 s. An answer that is ready before goes out with its Content-Length.
+_KEEP_ALIVE_AFTER = 5.0
+_KEEP_ALIVE_EVERY = 5.0
+_CHUNK = 256 * 1024  # bytes read from a spool file at a time: one of them is in memory per answer
+_MAX_ATTACHMENTS = 10_000  # parts of one request: a submission of so many documents is past any seen
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One attachment of an answer: a file, or bytes where it is small and has none."""
+
+    content_id: str
+    content_type: str
+    size: int
+    source: Path | bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What an operation answers: the body (an element, or serialised fragments to be joined) and the parts it names."""
+
+    body: etree._Element | Sequence[bytes]
+    parts: Sequence[Part] = ()
+
+
+@dataclass(slots=True)
+class Context:
+    """What an operation may know of the message beside its typed request.
+
+    `caller` names who asks, for fairness and logs. `resources` is unwound when the answer has been written or can no
+    longer be: an operation enters there what its parts need for so long.
+    """
+
+    caller: str
+    message_id: str
+    attachments: Mapping[str, Attachment]
+    resources: AsyncExitStack
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One transaction as one endpoint does it.
+
+    `decode` reads the body, `perform` does it, `refuse` writes the transaction's response that holds nothing but
+    errors. Attachments of a transaction that takes none are read past.
+    """
+
+    transaction: Transaction
+    decode: Callable[[etree._Element], Any]
+    perform: Callable[[Any, Context], Awaitable[Answer]]
+    refuse: Callable[[Sequence[RegistryError]], etree._Element | Sequence[bytes]]
+    takes_attachments: bool = False
+
+
+@dataclass(slots=True)
+class _Message:
+    """What has been read of a request so far; enough for a fault at any point."""
+
+    is_multipart: bool
+    message_id: str = ""
+    operation: Operation | None = None
+    request: Any = None
+    refused: SubmissionRefused | None = None
+    attachments: dict[str, Attachment] = field(default_factory=dict)
+
+
+class Exchange:
+    """Reads, dispatches and answers the SOAP messages of all endpoints.
+
+    Parameters
+    ----------
+    spool : Spool
+        Where attachments of requests go.
+    limits : Limits
+        `root_part` bounds the SOAP part, `stall_timeout` a client that sends nothing.
+    """
+
+    def __init__(self, spool: Spool, limits: Limits, metrics: Metrics) -> None:
+        self._spool, self._limits, self._metrics = spool, limits, metrics
+
+    async def handle(self, request: web.Request, operations: Mapping[str, Operation]) -> web.StreamResponse:
+        """Answer one HTTP request at an endpoint that does `operations`, by action."""
+        content_type = request.headers.get("Content-Type", "")
+        try:
+            reader = mtom.Reader(content_type, max_root=self._limits.root_part, max_parts=_MAX_ATTACHMENTS)
+        except mtom.UnsupportedMedia as exc:
+            raise web.HTTPUnsupportedMediaType(text=f"{exc}\n") from exc
+        except RemoteProtocolError as exc:
+            message = _Message(content_type.lower().startswith("multipart/"))
+            return await self._answer_fault(request, message, exc)
+        async with AsyncExitStack() as resources:
+            message = _Message(content_type.lower().startswith("multipart/"))
+            try:
+                await self._read(request, reader, operations, message, resources)
+                assert message.operation is not None
+                if message.refused is not None:
+                    raise message.refused
+            except TimeoutError:
+                raise web.HTTPRequestTimeout(text="nothing came for too long\n") from None
+            except (SpoolFull, SubmissionRefused, RegistryError) as exc:
+                if message.operation is None:
+                    return await self._answer_fault(request, message, exc)
+                return await self._answer_refusal(request, message, exc)
+            except RemoteProtocolError as exc:
+                return await self._answer_fault(request, message, exc)
+            return await self._perform(request, message, resources)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Reading
+    # ------------------------------------------------------------------------------------------------------------------
+
+    async def _read(
+        self,
+        request: web.Request,
+        reader: mtom.Reader,
+        operations: Mapping[str, Operation],
+        message: _Message,
+        resources: AsyncExitStack,
+    ) -> None:
+        writer: AttachmentWriter | None = None
+        part_id = ""
+        try:
+            while True:
+                async with asyncio.timeout(self._limits.stall_timeout):
+                    chunk = await request.content.readany()
+                events = reader.receive(chunk) if chunk else reader.close()
+                for event in events:
+                    match event:
+                        case mtom.Root(data=data, charset=charset):
+                            self._open(data, charset, operations, message)
+                        case mtom.AttachmentStart(content_id=content_id):
+                            part_id = content_id
+                            if message.operation is None or message.operation.takes_attachments:
+                                writer = self._spool.create_attachment()
+                        case mtom.AttachmentData(view=view):
+                            if writer is not None:
+                                writer.write(view)
+                        case mtom.AttachmentEnd():
+                            if writer is not None:
+                                attachment = writer.commit()
+                                writer = None
+                                resources.callback(attachment.discard)
+                                message.attachments[part_id] = attachment
+                        case _:
+                            pass
+                if not chunk:
+                    break
+        finally:
+            if writer is not None:
+                writer.discard()
+        if message.operation is None:
+            raise RemoteProtocolError("the message has no SOAP part")
+
+    def _open(self, data: bytes, charset: str | None, operations: Mapping[str, Operation], message: _Message) -> None:
+        """Read the SOAP part as soon as it is there: a message that nobody wants ends before its attachments."""
+        envelope = soap.read_envelope(xml.parse(data, charset=charset))
+        message.message_id = addressing.peek_message_id(envelope)
+        properties = addressing.read_request(envelope)
+        operation = operations.get(properties.action)
+        if operation is None:
+            raise ActionNotSupported(properties.action)
+        if properties.reply_to != uids.WSA_ANONYMOUS:
+            text = "an answer elsewhere than in the HTTP response is not supported"
+            raise InvalidAddressingHeader("ReplyTo", "OnlyAnonymousAddressSupported", text)
+        message.operation = operation
+        try:
+            message.request = operation.decode(envelope.body)
+        except SubmissionRefused as exc:
+            message.refused = exc
+        except RegistryError as exc:
+            message.refused = SubmissionRefused([exc])
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Performing
+    # ------------------------------------------------------------------------------------------------------------------
+
+    async def _perform(self, request: web.Request, message: _Message, resources: AsyncExitStack) -> web.StreamResponse:
+        operation = message.operation
+        assert operation is not None
+        context = Context(_caller(request), message.message_id, message.attachments, resources)
+        writer = _mtom_writer()
+        response: web.StreamResponse | None = None
+        task = asyncio.ensure_future(operation.perform(message.request, context))
+        try:
+            pause = _KEEP_ALIVE_AFTER
+            while not (await asyncio.wait({task}, timeout=pause))[0]:
+                # HTTP/1.0 has no chunked coding, and an answer that ends by closing can come out short unnoticed.
+                if operation.transaction.mtom and request.version >= HttpVersion11:
+                    if response is None:
+                        response = web.StreamResponse(headers={"Content-Type": writer.content_type})
+                        response.enable_chunked_encoding()
+                        await response.prepare(request)
+                    await response.write(writer.preamble_line())
+                    pause = _KEEP_ALIVE_EVERY
+            answer = task.result()
+            status = "answered"
+        except (RegistryError, SubmissionRefused, SpoolFull, PeerError) as exc:
+            if not task.done():
+                raise
+            answer = Answer(operation.refuse(_registry_errors(exc)))
+            status = "refused"
+        except RemoteProtocolError as exc:
+            return await self._answer_fault(request, message, exc, response, writer)
+        except OSError:
+            if not task.done():  # the client went away between two lines; there is nobody to tell
+                raise
+            log.exception("%s %s failed", operation.transaction.name, message.message_id)
+            return await self._answer_fault(request, message, RuntimeError(), response, writer)
+        except Exception as exc:
+            log.exception("%s %s failed", operation.transaction.name, message.message_id)
+            return await self._answer_fault(request, message, exc, response, writer)
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+        self._metrics.request(operation.transaction.name, status)
+        return await self._write(request, message, answer, response, writer)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Answering
+    # ------------------------------------------------------------------------------------------------------------------
+
+    async def _answer_refusal(self, request: web.Request, message: _Message, exc: Exception) -> web.StreamResponse:
+        assert message.operation is not None
+        self._metrics.request(message.operation.transaction.name, "refused")
+        answer = Answer(message.operation.refuse(_registry_errors(exc)))
+        return await self._write(request, message, answer, None, _mtom_writer())
+
+    async def _write(
+        self,
+        request: web.Request,
+        message: _Message,
+        answer: Answer,
+        response: web.StreamResponse | None,
+        writer: mtom.Writer,
+    ) -> web.StreamResponse:
+        assert message.operation is not None
+        transaction = message.operation.transaction
+        headers = addressing.response_headers(
+            transaction.response_action, message.message_id, message_id=f"urn:uuid:{uuid.uuid4()}"
+        )
+        envelope = soap.write_envelope(headers, answer.body)
+        return await _send(request, envelope, answer.parts, transaction.mtom, response, writer)
+
+    async def _answer_fault(
+        self,
+        request: web.Request,
+        message: _Message,
+        exc: Exception,
+        response: web.StreamResponse | None = None,
+        writer: mtom.Writer | None = None,
+    ) -> web.StreamResponse:
+        """Answer with a fault, packed as the request was."""
+        fault = soap.fault_of(exc if isinstance(exc, XcaImagingError) else XcaImagingError())
+        log.info("fault %s to %s: %s", fault.code, request.remote, fault.reason)
+        self._metrics.request(message.operation.transaction.name if message.operation else "none", "fault")
+        headers = [
+            *addressing.response_headers(
+                addressing.fault_action(fault), message.message_id, message_id=f"urn:uuid:{uuid.uuid4()}"
+            ),
+            *soap.fault_headers(fault),
+        ]
+        envelope = soap.write_envelope(headers, soap.write_fault(fault))
+        packed = message.is_multipart or response is not None
+        return await _send(request, envelope, (), packed, response, writer or _mtom_writer(), status=500)
+
+
+def _caller(request: web.Request) -> str:
+    """Name who asks: the subject of the client certificate, else `local` (contract: trusted on loopback)."""
+    certificate = request.get_extra_info("peercert")
+    if not certificate:
+        return "local"
+    names = [value for rdn in certificate.get("subject", ()) for key, value in rdn if key == "commonName"]
+    return names[0] if names else "unnamed certificate"
+
+
+def _registry_errors(exc: Exception) -> Sequence[RegistryError]:
+    match exc:
+        case SubmissionRefused():
+            return exc.errors
+        case RegistryError():
+            return (exc,)
+        case SpoolFull():
+            return (RepositoryOutOfResources(str(exc)),)
+        case PeerError():
+            return (exc.registry_error(str(exc)),)
+        case _:
+            raise AssertionError(exc)
+
+
+def _mtom_writer() -> mtom.Writer:
+    return mtom.Writer(multipart.new_boundary(secrets.token_bytes(24)), "root@xca-imaging")
+
+
+async def _send(
+    request: web.Request,
+    envelope: bytes,
+    parts: Sequence[Part],
+    packed: bool,
+    response: web.StreamResponse | None,
+    writer: mtom.Writer,
+    status: int = 200,
+) -> web.StreamResponse:
+    """Write the whole answer, continuing `response` where a preamble has begun it."""
+    if not packed:
+        return web.Response(
+            body=envelope, status=status, headers={"Content-Type": "application/soap+xml; charset=UTF-8"}
+        )
+    if response is None:
+        response = web.StreamResponse(status=status, headers={"Content-Type": writer.content_type})
+        sizes = [(part.content_id, part.content_type, part.size) for part in parts]
+        response.content_length = writer.total_length(len(envelope), sizes)
+        await response.prepare(request)
+    await response.write(writer.root(envelope))
+    loop = asyncio.get_running_loop()
+    chunks = _attachments(writer, parts)
+    while (chunk := await loop.run_in_executor(None, next, chunks, b"")) != b"":
+        await response.write(chunk)
+    await response.write_eof(writer.end())
+    return response
+
+
+def _attachments(writer: mtom.Writer, parts: Sequence[Part]) -> Iterator[bytes]:
+    """Yield the bytes of all attachments, small ones together, never more than about two chunks at a time."""
+    pending: list[bytes] = []
+    waiting = 0
+    for part in parts:
+        for piece in (
+            writer.attachment_header(part.content_id, part.content_type),
+            *(() if isinstance(part.source, Path) else (part.source,)),
+        ):
+            pending.append(piece)
+            waiting += len(piece)
+        if isinstance(part.source, Path):
+            for piece in _file_chunks(part.source, part.size):
+                pending.append(piece)
+                waiting += len(piece)
+                if waiting >= _CHUNK:
+                    yield b"".join(pending)
+                    pending.clear()
+                    waiting = 0
+        pending.append(writer.attachment_end())
+    if pending:
+        yield b"".join(pending)
+
+
+def _file_chunks(path: Path, size: int) -> Iterator[bytes]:
+    """Yield exactly `size` bytes of a file; a file that is shorter breaks the answer off rather than end it short."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        left = size
+        while left:
+            data = os.read(descriptor, min(left, _CHUNK))
+            if not data:
+                raise OSError(f"spool file {path.name} is {left} bytes shorter than it was")
+            left -= len(data)
+            yield data
+    finally:
+        os.close(descriptor)

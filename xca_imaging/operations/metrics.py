@@ -1,0 +1,40 @@
+"""Prometheus metrics of a node. No label ever holds a patient, study or instance identifier."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+
+
+class Metrics:
+    """Counters that the gateway raises and gauges that are read when asked for."""
+
+    content_type = CONTENT_TYPE_LATEST
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "xca_imaging_requests", "SOAP requests by outcome", ["transaction", "outcome"], registry=self._registry
+        )
+        self._instances = Counter(
+            "xca_imaging_instances", "Instances asked for by RAD-69 and RAD-75", ["state"], registry=self._registry
+        )
+
+    def request(self, transaction: str, outcome: str) -> None:
+        """One request ended: answered, refused (RegistryErrors only) or fault."""
+        self._requests.labels(transaction, outcome).inc()
+
+    def instances(self, *, held: int, failed: int) -> None:
+        """One retrieval ended with so many instances held and failed."""
+        self._instances.labels("held").inc(held)
+        self._instances.labels("failed").inc(failed)
+
+    def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
+        """Expose a value that is read at each scrape."""
+        Gauge(f"xca_imaging_{name}", text, registry=self._registry).set_function(read)
+
+    def exposition(self) -> bytes:
+        """Return all metrics in the Prometheus text format."""
+        return generate_latest(self._registry)
