@@ -13,6 +13,7 @@ from tests.support.shared import shared_path
 from tests.transactions import schemas
 from xca_imaging import uids
 from xca_imaging.errors import (
+    LocalProtocolError,
     RegistryError,
     RegistryMetadataError,
     RepositoryMetadataError,
@@ -163,6 +164,23 @@ def test_authors_keep_their_order_and_content():
     written = element.xpath('rim:Classification[@nodeRepresentation=""]', namespaces=RIM)
     assert len(written) == 2
     assert ebrim.decode_object(element).authors == authors
+
+
+def test_identifiers_and_classifications_of_other_schemes_are_passed_over():
+    other = "urn:uuid:99999999-9999-4999-8999-999999999999"
+    element = ebrim.encode_object(samples.ENTRY)
+    for child in (element.find("rim:ExternalIdentifier", RIM), element.find("rim:Classification", RIM)):
+        copied = child.__copy__()
+        copied.set("identificationScheme" if child.get("value") else "classificationScheme", other)
+        child.addnext(copied)
+    assert ebrim.decode_object(element) == samples.ENTRY
+
+
+@pytest.mark.parametrize("change", [{"title": "a\x00"}, {"uri": "\x1b$B"}, {"entry_uuid": "\x01"}])
+def test_what_cannot_stand_in_xml_is_not_written(change):
+    """A Study Description with an escape sequence of ISO 2022 that nobody decoded."""
+    with pytest.raises(LocalProtocolError, match="DocumentEntry"):
+        ebrim.encode_object(replace(samples.ENTRY, **change))
 
 
 # --- What the model has no room for -----------------------------------------------------------------------------------

@@ -215,6 +215,13 @@ def test_a_request_without_query():
         stored_query.decode_adhoc_query(message)
 
 
+def test_the_values_of_a_query_are_bounded():
+    message = request(GET, ("$XDSDocumentEntryUniqueId", *["('1.2.3')"] * 10))
+    assert stored_query.decode_adhoc_query(message, max_text=90)
+    with pytest.raises(StoredQueryParamNumber, match="more than 89 characters"):
+        stored_query.decode_adhoc_query(message, max_text=89)
+
+
 # --- There and back ---------------------------------------------------------------------------------------------------
 
 _TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Cn", "Co")), min_size=1, max_size=12)

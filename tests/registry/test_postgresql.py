@@ -27,7 +27,7 @@ from xca_imaging.registry.tables import Base
 
 pytestmark = pytest.mark.peer
 
-# SQLite's query plans, and what is left out because it takes the test module's own registry.
+# SQLite's query plans.
 _NOT_HERE = {
     "test_find_documents_starts_from_the_patient_and_scans_nothing",
     "test_find_documents_by_reference_id_uses_the_index_of_reference_ids",
@@ -76,6 +76,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = _free_port()
     data, log = str(folder / "data"), str(folder / "log")
     settings = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c max_connections=200"
+    settings += " -c fsync=off"  # the server is not killed in these tests, only its clients are
     try:
         subprocess.run([programs / "initdb", "-D", data, "-U", "registry", "-A", "trust", "-E", "UTF8"], **options)
         subprocess.run([programs / "pg_ctl", "-D", data, "-l", log, "-w", "-o", settings, "start"], **options)

@@ -190,6 +190,22 @@ def test_another_document_under_a_known_unique_id_is_refused(repository: Reposit
     assert len(files(folder)) == 1
 
 
+def test_a_collision_of_sha1_is_no_identical_document(
+    registry: Registry, repository: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = provided()
+    repository.provide(submission(entry), {entry.entry_uuid: Content.of(MANIFEST)})
+    stage: Callable[..., documents.Staged] = documents.DocumentStore.stage
+
+    def collide(store: documents.DocumentStore, content: Content) -> documents.Staged:
+        return replace(stage(store, content), sha256="0" * 64)
+
+    monkeypatch.setattr(documents.DocumentStore, "stage", collide)
+    [error] = refusal(repository, submission(entry), {entry.entry_uuid: Content.of(MANIFEST)})
+    assert (error.code, error.context) == ("XDSNonIdenticalHash", entry.unique_id)
+    assert len(entries(registry)) == len(files(folder)) == 1
+
+
 # --- Failures ---------------------------------------------------------------------------------------------------------
 
 
@@ -280,6 +296,25 @@ def test_a_defect_while_registering_leaves_nothing(
             repository.provide(submission(entry), {entry.entry_uuid: Content.of(MANIFEST)})
     assert files(folder) == []
     assert entries(registry) == []
+
+
+def test_what_cannot_be_undone_does_not_hide_the_failure(
+    repository: Repository, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = provided()
+
+    def busy(*_: object) -> None:
+        raise errors.RegistryBusy("the registry's database is locked")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "_sync", busy)
+        patch.setattr(documents.DocumentStore, "remove_unnamed", busy)
+        with pytest.raises(errors.RegistryBusy):
+            repository.provide(submission(entry), {entry.entry_uuid: Content.of(MANIFEST)})
+    assert "stay on disk" in caplog.text
+    assert repository.find(entry.unique_id) is None
+    repository.provide(submission(entry), {entry.entry_uuid: Content.of(MANIFEST)})
+    assert repository.find(entry.unique_id) is not None
 
 
 @pytest.mark.parametrize("damage", ["cut", "changed", "gone"])

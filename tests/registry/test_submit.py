@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 
 from tests.registry.conftest import NOW
 from tests.registry.samples import (
@@ -34,7 +34,7 @@ from xca_imaging.metadata.model import (
 )
 from xca_imaging.metadata.stored_query import GetAll, StoredQuery
 from xca_imaging.registry import Registry
-from xca_imaging.registry.tables import Base
+from xca_imaging.registry.tables import Base, ObjectRow
 
 ANY_STATUS = (uids.APPROVED, uids.DEPRECATED)
 
@@ -445,3 +445,16 @@ def test_a_replacement_that_names_its_folder_is_put_there_once(registry: Registr
         item for item in everything(registry) if isinstance(item, Association) and item.source == ids[case.entry_uuid]
     ]
     assert sorted(item.target for item in memberships) == sorted([ids[entry.entry_uuid], new])
+
+
+def test_a_replacement_does_not_follow_into_a_folder_of_another_patient(registry: Registry) -> None:
+    """Only a change of patient ids behind the folder can make this happen; the check is the Framework's."""
+    case, entry = folder(), document()
+    ids = registry.register(
+        submission(entry, folders=[case], associations=into_folder(case.entry_uuid, entry.entry_uuid))
+    ).entry_uuids
+    with registry.database.writing() as connection:
+        connection.execute(
+            update(ObjectRow).where(ObjectRow.entry_uuid == ids[case.entry_uuid]).values(patient_id=OTHER_PATIENT)
+        )
+    assert refusal(registry, relate(uids.RPLC, ids[entry.entry_uuid])[0]) == ["XDSPatientIdDoesNotMatch"]

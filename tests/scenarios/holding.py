@@ -6,6 +6,7 @@ The same checks run against Orthanc, DCMTK and pynetdicom: only what the PACS it
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -168,4 +169,9 @@ def triples(study: images.Study) -> set[tuple[str, str, str]]:
 
 def files_below(folder: Path) -> dict[str, int]:
     """Return the files below a folder with their sizes: what a request left on disk shows here."""
-    return {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
+    found = {}
+    for file in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # removed meanwhile
+            if file.is_file():
+                found[str(file.relative_to(folder))] = file.stat().st_size
+    return found

@@ -73,10 +73,15 @@ def accepts(port: int, host: str = LOOPBACK) -> bool:
     return False
 
 
+def installed(name: str) -> str | None:
+    """Return the path of an installed program; Debian keeps Orthanc in a folder that is not on every PATH."""
+    return shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+
+
 def program(*names: str) -> str:
     """Return the path of the first installed program of these names, or skip the test by that name."""
     for name in names:
-        if found := shutil.which(name, path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin"):
+        if found := installed(name):
             return found
     pytest.skip(f"{names[0]} is not installed (make peers)")
 

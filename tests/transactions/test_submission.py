@@ -14,9 +14,9 @@ from tests.transactions import schemas
 from tests.transactions.test_document_set import CONTENTS
 from tests.transactions.test_registry_response import ERROR, WARNING, said
 from xca_imaging import uids
-from xca_imaging.errors import MalformedMessage, SubmissionRefused
+from xca_imaging.errors import MalformedMessage, MessageTooLarge, SubmissionRefused
 from xca_imaging.metadata.model import Submission
-from xca_imaging.transactions import iti41, iti42, rad68
+from xca_imaging.transactions import iti41, iti42, rad68, submission
 from xca_imaging.transactions.registry_response import response_to
 from xca_imaging.transactions.submission import ProvideRequest
 from xca_imaging.wire import xml
@@ -27,19 +27,19 @@ PROVIDED = ProvideRequest(samples.WITH_FOLDER, {samples.ENTRY_UUID: Reference("k
 
 
 @settings(max_examples=15, suppress_health_check=_SLOW)
-@given(submission=samples.SUBMISSIONS)
-def test_a_registration_is_read_again(submission):
-    assert iti42.decode_request(xml.parse(xml.serialize(iti42.encode_request(submission)))) == submission
+@given(registered=samples.SUBMISSIONS)
+def test_a_registration_is_read_again(registered):
+    assert iti42.decode_request(xml.parse(xml.serialize(iti42.encode_request(registered)))) == registered
 
 
 @settings(max_examples=15, suppress_health_check=_SLOW)
 @given(
-    submission=samples.SUBMISSIONS,
+    registered=samples.SUBMISSIONS,
     documents=st.dictionaries(samples.IDS, CONTENTS, max_size=3),
     module=st.sampled_from([iti41, rad68]),
 )
-def test_provided_documents_are_read_again(submission, documents, module):
-    request = ProvideRequest(submission, documents)
+def test_provided_documents_are_read_again(registered, documents, module):
+    request = ProvideRequest(registered, documents)
     assert module.decode_request(xml.parse(xml.serialize(module.encode_request(request)))) == request
 
 
@@ -110,6 +110,13 @@ def test_what_is_no_submission():
         iti41.decode_request(provided)
 
 
+def test_the_objects_of_a_submission_are_bounded():
+    element = iti42.encode_request(samples.SUBMISSION)
+    assert submission.decode_submit_request(element, max_objects=3) == samples.SUBMISSION
+    with pytest.raises(MessageTooLarge, match="more than 2 objects"):
+        submission.decode_submit_request(element, max_objects=2)
+
+
 def test_submissions_of_the_conformance_data():
     """What is valid against the published schema is valid against ours, and what we make of it against both."""
     published = schemas.published()
@@ -117,5 +124,4 @@ def test_submissions_of_the_conformance_data():
     for file in sorted(shared_path("conformance/data/iti").glob("*/*/*.submission.xml")):
         body = xml.parse(file.read_bytes())
         schemas.assert_valid(body)
-        submission = iti42.decode_request(body)
-        schemas.assert_valid(iti42.encode_request(submission))
+        schemas.assert_valid(iti42.encode_request(iti42.decode_request(body)))

@@ -23,13 +23,14 @@ from rich.table import Table
 
 from xca_imaging import settings as settings_module
 from xca_imaging.cli import publish
+from xca_imaging.cli.options import run_loop
 from xca_imaging.errors import ConfigurationError, PeerRefused
 from xca_imaging.gateway.app import Node
 from xca_imaging.gateway.consumer import Consumer, Progress, Routes
 from xca_imaging.gateway.listeners import address
 from xca_imaging.gateway.peers import SoapClient
+from xca_imaging.gateway.publishing import Selection
 from xca_imaging.gateway.receipt import Receipt
-from xca_imaging.cli.options import run_loop
 from xca_imaging.imaging.backends.association import associate
 from xca_imaging.settings import Settings
 
@@ -238,7 +239,7 @@ def _store(east: Settings, originals: dict[str, Path]) -> int:
 
 async def _publish(east: Settings) -> None:
     started = time.perf_counter()
-    published = await publish.publish_all(east, patient_id=_PATIENT)
+    published = await publish.publish_all(east, Selection(patient_id=_PATIENT))
     table = Table("study", "instances", "result", box=None, pad_edge=False)
     for each in published:
         table.add_row(each.study_instance_uid, str(each.instances), each.outcome)
@@ -311,13 +312,12 @@ def _different_elements(left: Dataset, right: Dataset) -> list[str]:
 
 
 def _invite(folder: Path, ports: _Ports) -> None:
-    command = (
-        f"xca-imaging query --config {folder}/west.toml --community {_EAST} --patient '{_PATIENT}^^^&{_AUTHORITY}&ISO'"
-    )
+    west, east = address("127.0.0.1", ports.west), address("127.0.0.1", ports.east)
+    patient = f"{_PATIENT}^^^&{_AUTHORITY}&ISO"
+    console.print(f"\nBoth nodes keep serving (West http://{west}, East http://{east}); stop with Ctrl-C. Try:")
     console.print(
-        f"\nBoth nodes keep serving (West http://{address('127.0.0.1', ports.west)}, East http://{address('127.0.0.1', ports.east)}); stop with Ctrl-C. Try:"
+        f"  xca-imaging query --config {folder}/west.toml --community {_EAST} --patient '{patient}'", soft_wrap=True
     )
-    console.print(f"  {command}", soft_wrap=True)
 
 
 def _since(started: float) -> str:

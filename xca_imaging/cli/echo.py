@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import ssl
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from urllib.parse import urlsplit
@@ -17,6 +19,8 @@ from xca_imaging.errors import PeerError
 from xca_imaging.imaging.backends import association
 from xca_imaging.security import tls
 from xca_imaging.settings import Community, Pacs, Settings
+
+Row = tuple[str, str, bool, str]  # what, where, whether it is well, text
 
 _CONNECT_TIMEOUT = 10.0  # s
 _EXPIRES_SOON = timedelta(days=30)
@@ -36,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if all(ok for _, _, ok, _ in rows) else 1
 
 
-async def _peers(settings: Settings) -> list[tuple[str, str, bool, str]]:
+async def _peers(settings: Settings) -> list[Row]:
     dicom = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
     https = tls.client_context(settings, settings.http.tls, "http.tls")
     checks = [asyncio.to_thread(_echo, settings, pacs, dicom) for pacs in settings.pacs]
@@ -53,16 +57,22 @@ async def _peers(settings: Settings) -> list[tuple[str, str, bool, str]]:
     return list(await asyncio.gather(*checks))
 
 
-def _echo(settings: Settings, pacs: Pacs, context: object) -> tuple[str, str, bool, str]:
+def _echo(settings: Settings, pacs: Pacs, context: ssl.SSLContext | None) -> Row:
     where = f"{pacs.ae_title}@{pacs.host}:{pacs.port}"
+    started = time.perf_counter()
     try:
-        seconds = association.echo(pacs, calling_ae_title=settings.dicom.ae_title, tls=context)
+        association.echo(
+            pacs,
+            calling_ae_title=settings.dicom.ae_title,
+            tls=context,
+            listener=(settings.dicom.host, settings.dicom.port),
+        )
     except PeerError as exc:
         return f"PACS {pacs.name}", where, False, str(exc)
-    return f"PACS {pacs.name}", where, True, f"C-ECHO answered in {seconds * 1000:.0f} ms"
+    return f"PACS {pacs.name}", where, True, f"C-ECHO answered in {(time.perf_counter() - started) * 1000:.0f} ms"
 
 
-async def _reach(community: Community, name: str, url: str, context: object) -> tuple[str, str, bool, str]:
+async def _reach(community: Community, name: str, url: str, context: ssl.SSLContext | None) -> Row:
     """Open a connection, with TLS where the URL says so, and close it: no request reaches the peer's audit log."""
     what = f"community {community.label}: {name}"
     parts = urlsplit(url)
@@ -77,7 +87,7 @@ async def _reach(community: Community, name: str, url: str, context: object) -> 
     return what, url, True, "TLS handshake done" if secure else "reachable, without TLS"
 
 
-def _certificates(settings: Settings) -> Iterator[tuple[str, str, bool, str]]:
+def _certificates(settings: Settings) -> Iterator[Row]:
     now = datetime.now(UTC)
     for dates in tls.certificate_dates(settings):
         text = f"valid until {dates.not_after:%Y-%m-%d}"

@@ -170,12 +170,14 @@ class Node:
         return application
 
     def _wsdl_handler(self, file: Path) -> Handler:
+        text = file.read_text(encoding="utf-8")
+
         async def wsdl(request: web.Request) -> web.Response:
             if "wsdl" not in {key.lower() for key in request.query}:
                 raise web.HTTPMethodNotAllowed("GET", ["POST"], text="SOAP 1.2 over POST; the WSDL is at ?wsdl\n")
             scheme = "https" if self._settings.http.tls else "http"
-            text = file.read_text(encoding="utf-8").replace(_WSDL_ADDRESS, f"{scheme}://{request.host}{request.path}")
-            return web.Response(text=text, content_type="text/xml", charset="utf-8")
+            address = f"{scheme}://{request.host}{request.path}"
+            return web.Response(text=text.replace(_WSDL_ADDRESS, address), content_type="text/xml", charset="utf-8")
 
         return wsdl
 
@@ -253,8 +255,10 @@ def _soap_handler(exchange: Exchange, operations: Mapping[str, Operation]) -> Ha
 
 
 def _file_handler(file: Path) -> Handler:
+    content = file.read_bytes()
+
     async def schema(request: web.Request) -> web.Response:
-        return web.Response(body=file.read_bytes(), content_type="text/xml", charset="utf-8")
+        return web.Response(body=content, content_type="text/xml", charset="utf-8")
 
     return schema
 

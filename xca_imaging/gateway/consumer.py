@@ -125,7 +125,8 @@ class Routes:
             if repository_unique_id in community.repositories:
                 return community.home_community_id
         raise UnknownCommunity(
-            f"nothing says which community has {repository_unique_id}: give --home, or list it in [[community]] repositories"
+            f"nothing says which community has {repository_unique_id}: "
+            "give --home, or list it in [[community]] repositories"
         )
 
     def _route(self, kind: str, service: str, home_community_id: str) -> Route:

@@ -98,7 +98,7 @@ class Operation:
     """
 
     transaction: Transaction
-    decode: Callable[[etree._Element], Any]
+    decode: Callable[[etree._Element | None], Any]
     perform: Callable[[Any, Context], Awaitable[Answer]]
     refuse: Callable[[Sequence[RegistryError]], etree._Element | Sequence[bytes]]
     takes_attachments: bool = False

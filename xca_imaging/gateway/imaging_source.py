@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from lxml import etree
+
 from xca_imaging import uids
 from xca_imaging.errors import RegistryError, RepositoryError
 from xca_imaging.gateway.documents import refuse_retrieval
@@ -90,7 +92,7 @@ class ImagingDocumentSource:
 
 def answer_with(
     images: Images,
-    encode: Callable[[RetrieveResponse], object],
+    encode: Callable[[RetrieveResponse], etree._Element],
     place: Callable[[DocumentRequest, RegistryError], RegistryError],
 ) -> Answer:
     """Return the answer that tells the whole truth: a document or an error for each instance, never neither."""

@@ -40,12 +40,13 @@ from xca_imaging.errors import (
 from xca_imaging.metadata.model import Submission
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.transactions import iti18, iti38, iti39, iti41, iti43, rad69, rad75
+from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.document_set import DocumentRequest, RetrieveRequest, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
-from xca_imaging.transactions.iti18 import QueryResponse
 from xca_imaging.transactions.registry_response import RegistryResponse
+from xca_imaging.transactions.submission import ProvideRequest
 from xca_imaging.transactions.table import Transaction
-from xca_imaging.wire import addressing, mtom, soap, xml
+from xca_imaging.wire import addressing, mtom, multipart, soap, xml
 
 log = logging.getLogger(__name__)
 
@@ -228,7 +229,8 @@ class SoapClient:
         codec = iti38 if cross_gateway else iti18
         reply = await self.call(endpoint, codec.TRANSACTION, codec.encode_request(query))
         with _answer_of(endpoint):
-            return codec.decode_response(reply.body)
+            response: QueryResponse = codec.decode_response(reply.body)
+        return response
 
     async def provide_and_register(
         self, endpoint: Endpoint, submission: Submission, documents: Mapping[str, bytes]
@@ -236,7 +238,7 @@ class SoapClient:
         """ITI-41 / RAD-68: `documents` by DocumentEntry id."""
         names = {entry: f"{index}.{uuid.uuid4()}@xca-imaging" for index, entry in enumerate(documents, 1)}
         references = {entry: mtom.Reference(name) for entry, name in names.items()}
-        body = iti41.encode_request(iti41.ProvideRequest(submission, references))
+        body = iti41.encode_request(ProvideRequest(submission, references))
         attachments = {names[entry]: content for entry, content in documents.items()}
         reply = await self.call(endpoint, iti41.TRANSACTION, body, attachments=attachments)
         with _answer_of(endpoint):
@@ -320,7 +322,7 @@ def _package(transaction: Transaction, envelope: bytes, attachments: Mapping[str
     """Return Content-Type and bytes of a request; attachments are manifests and reports, which are small."""
     if not transaction.mtom:
         return f'application/soap+xml; charset=UTF-8; action="{transaction.request_action}"', envelope
-    writer = mtom.Writer(f"MIMEBoundary-{secrets.token_hex(24)}", "root@xca-imaging")
+    writer = mtom.Writer(multipart.new_boundary(secrets.token_bytes(24)), "root@xca-imaging")
     pieces = [writer.root(envelope)]
     for content_id, content in attachments.items():
         pieces += [writer.attachment_header(content_id, uids.MIME_DICOM), content, writer.attachment_end()]

@@ -22,10 +22,18 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar, TypeVarTuple
 
 from xca_imaging import settings, uids
-from xca_imaging.errors import ConnectFailed, ManifestError, PeerError, PeerTimeout, RegistryError, SubmissionRefused
+from xca_imaging.errors import (
+    ConnectFailed,
+    ManifestError,
+    PeerError,
+    PeerTimeout,
+    RegistryError,
+    SubmissionRefused,
+    XcaImagingError,
+)
 from xca_imaging.imaging import manifest as manifests
 from xca_imaging.imaging.attributes import is_uid
 from xca_imaging.imaging.document_entry import describe, escape, same_description, study_reference_id, zone_of
@@ -38,6 +46,9 @@ from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.registry_response import RegistryResponse
 
 log = logging.getLogger(__name__)
+
+Arguments = TypeVarTuple("Arguments")
+Result = TypeVar("Result")
 
 Outcome = Literal["registered", "unchanged", "replaced", "refused"]
 
@@ -93,7 +104,7 @@ class Published:
     instances: int = 0
 
 
-class _Refused(Exception):
+class _Refused(XcaImagingError):
     """This study cannot be published as it is; the text says what to do."""
 
 
@@ -134,7 +145,7 @@ async def publish(
         Of the affinity domain, for all studies selected. Without it the department's own id is registered, with the
         issuer found in the images, else with `pacs.assigning_authority`.
     executor : Executor, optional
-        For C-FIND.
+        For C-FIND, and for building and reading manifests.
 
     Raises
     ------
@@ -197,8 +208,7 @@ class _Source:
     uuid_factory: Callable[[], str]
 
     async def publish_study(self, study_instance_uid: str) -> Published:
-        loop = asyncio.get_running_loop()
-        contents = await loop.run_in_executor(self.executor, self.finder.read_study, study_instance_uid)
+        contents = await self._run(self.finder.read_study, study_instance_uid)
         patient = contents.facts.patient
         registered_as = self.patient_id or _own_identifier(patient, self.pacs)
         # An id without a known domain is in the domain of its PACS, of which we know one OID.
@@ -206,14 +216,7 @@ class _Source:
         source_patient_id = Identifier(escape(patient.id), source_authority) if patient.id else registered_as
 
         now = self.now()
-        content = manifests.build(
-            contents,
-            retrieve_ae_title=self.pacs.ae_title,
-            retrieve_location_uid=self.pacs.retrieve_location_uid,
-            now=now.astimezone(zone_of(contents.facts.timezone_offset, self.profile.timezone)),
-            uid_factory=self.uid_factory,
-        )
-        manifest = manifests.read(content)
+        content, manifest = await self._run(self._build, contents, now)
         ours = await self._registered(registered_as, study_instance_uid)
         previous = ours[0] if ours else None
         submission = describe(
@@ -253,6 +256,20 @@ class _Source:
             raise _failure("repository", response.status, response.errors)
         return published("replaced" if previous else "registered", entry.unique_id)
 
+    async def _run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
+
+    def _build(self, contents: StudyContents, now: datetime) -> tuple[bytes, Manifest]:
+        """Build a manifest, and read it back: nothing is registered that we could not read ourselves."""
+        content = manifests.build(
+            contents,
+            retrieve_ae_title=self.pacs.ae_title,
+            retrieve_location_uid=self.pacs.retrieve_location_uid,
+            now=now.astimezone(zone_of(contents.facts.timezone_offset, self.profile.timezone)),
+            uid_factory=self.uid_factory,
+        )
+        return content, manifests.read(content)
+
     async def _registered(
         self, patient_id: Identifier, study_instance_uid: str
     ) -> list[tuple[DocumentEntry, Manifest]]:
@@ -275,7 +292,7 @@ class _Source:
                 continue
             content = await self.repository.retrieve_document(entry.repository_unique_id, entry.unique_id)
             try:
-                manifest = manifests.read(content)
+                manifest = await self._run(manifests.read, content)
             except ManifestError as exc:
                 log.warning("document %s of study %s is left alone: %s", entry.unique_id, study_instance_uid, exc)
                 continue

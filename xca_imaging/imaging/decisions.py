@@ -9,11 +9,14 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from xca_imaging.errors import PeerError, RegistryError
-from xca_imaging.imaging.backends import Level
 from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.plan import SeriesFetch
+
+Level = Literal["STUDY", "SERIES", "IMAGE"]
+"""Query/Retrieve Level of a move (PS3.4 C.6.2.1)."""
 
 # --------------------------------------------------------------------------------------------------------------------
 # Events

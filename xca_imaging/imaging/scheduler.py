@@ -21,13 +21,11 @@ References
 
 from __future__ import annotations
 
-import enum
 import heapq
 import itertools
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 
 from xca_imaging.errors import (
     PeerBusy,
@@ -39,7 +37,6 @@ from xca_imaging.errors import (
     RepositoryOutOfResources,
     Retry,
 )
-from xca_imaging.imaging.backends import Level
 from xca_imaging.imaging.decisions import (
     AcceptStore,
     Asked,
@@ -53,6 +50,7 @@ from xca_imaging.imaging.decisions import (
     Event,
     FailInstance,
     InstanceArrived,
+    Level,
     LoseInstance,
     MoveFinished,
     MoveResponded,
@@ -68,97 +66,10 @@ from xca_imaging.imaging.decisions import (
     Withdrawn,
     Woke,
 )
-from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.plan import SeriesFetch, not_there
+from xca_imaging.imaging.workload import Batch, Fetch, Key, Move, Pacs, Stage, Store
 
-_Key = tuple[str, str, str, str, tuple[str, ...]]
-
-
-class _Stage(enum.Enum):
-    QUEUED = enum.auto()  # in a batch, now or after a pause
-    MOVING = enum.auto()  # a move is to bring it
-    SETTLING = enum.auto()  # its move has ended, it may still come
-    CHECKING = enum.auto()  # C-FIND tells whether it exists
-
-
-@dataclass(slots=True, eq=False)
-class _Fetch:
-    pacs: str
-    study: str
-    series: str
-    uid: str
-    accept: tuple[str, ...]
-    verify: bool
-    sop_class: str | None  # None: no C-FIND has proved that the series has it
-    waiters: dict[int, list[Want]] = field(default_factory=dict)
-    stage: _Stage = _Stage.QUEUED
-    move: _Move | None = None  # the last one; it may have ended
-    arriving: int = 0
-    is_overdue: bool = False  # the grace after its move has passed
-    attempts: int = 0
-    busy: int = 0
-    is_checked: bool = False
-    started: float = 0.0
-    one_by_one: bool = False  # a list with it in was answered with zero sub-operations
-    is_open: bool = True
-    reason: RegistryError | None = None  # why the last attempt did not bring it
-    syntax_error: RegistryError | None = None
-
-    @property
-    def key(self) -> _Key:
-        return self.pacs, self.study, self.series, self.uid, self.accept
-
-
-@dataclass(slots=True, eq=False)
-class _Batch:
-    order: int
-    accept: tuple[str, ...]
-    fetches: deque[_Fetch]
-    count: int | None  # not None: these are the whole series, one SERIES level move brings them
-    is_single: bool = False  # one by one: the PACS does not understand lists
-
-
-@dataclass(slots=True, eq=False)
-class _Move:
-    id: int
-    pacs: _Pacs
-    level: Level
-    accept: tuple[str, ...]
-    order: int
-    fetches: dict[_Fetch, None]  # those that it still is to bring
-    listed: int
-    last_progress: float
-    arrived: int = 0
-    sop_classes: set[str] = field(default_factory=set)  # of what arrived
-    is_cancelled: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class _Pacs:
-    name: str
-    limit: int
-    window: int  # associations that it takes just now: at most `limit`, less after it said busy
-    accept: tuple[str, ...] = ()  # of the moves that run, or ran last
-    moves: set[_Move] = field(default_factory=set)
-    queries: set[int] = field(default_factory=set)
-    waiting_queries: deque[int] = field(default_factory=deque)
-    queue: list[tuple[int, int, _Batch]] = field(default_factory=list)  # heap: order of the request, tie-breaker
-    pause_until: float = 0.0
-    busy_streak: int = 0
-    good_moves: int = 0  # since the window was changed
-    last_progress: float = 0.0  # when a wanted byte came
-    last_heard: float = 0.0  # when it said or sent anything
-    lists_fail: bool = False  # UID lists brought zero sub-operations: remembered as long as we run
-    refused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # SOP class -> syntaxes we did not accept
-
-
-@dataclass(slots=True, eq=False)
-class _Store:
-    pacs: str | None
-    sop_class: str
-    uid: str
-    syntax: str
-    fetches: list[_Fetch]
+_OUT_OF_RESOURCES = 0xA700  # PS3.4 Table C.4-2: A7xx
 
 
 class Scheduler:
@@ -213,13 +124,14 @@ class Scheduler:
         self._max_attempts, self._busy_attempts = max_attempts, busy_attempts
         self._backoff, self._max_backoff, self._grace = backoff, max_backoff, grace
         self._uid_list_limit, self._max_waiting, self._min_room = uid_list_limit, max_waiting, min_room
-        self._pacs = {name: _Pacs(name, limit, limit) for name, limit in limits.items()}
-        self._fetches: dict[_Key, _Fetch] = {}
-        self._by_uid: dict[str, list[_Fetch]] = {}
-        self._by_request: dict[int, dict[_Fetch, None]] = {}
-        self._moves: dict[int, _Move] = {}
-        self._stores: dict[int, _Store] = {}
-        self._checks: dict[int, list[_Fetch]] = {}
+        self._pacs = {name: Pacs(name, limit, limit) for name, limit in limits.items()}
+        self._fetches: dict[Key, Fetch] = {}
+        self._by_uid: dict[str, list[Fetch]] = {}
+        self._by_request: dict[int, dict[Fetch, None]] = {}
+        self._moves: dict[int, Move] = {}
+        self._settling: dict[Move, None] = {}
+        self._stores: dict[int, Store] = {}
+        self._checks: dict[int, list[Fetch]] = {}
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._numbers = itertools.count(1)
         self._wake: float | None = None
@@ -275,9 +187,9 @@ class Scheduler:
             case QueryFinished():
                 self._finish_query(event, now)
             case SyntaxesRefused():
-                for pacs in self._pacs.values():
-                    if event.pacs in (pacs.name, None):
-                        pacs.refused.update(event.refused)
+                for move in (*self._moves.values(), *self._settling):
+                    if event.pacs in (move.pacs.name, None):
+                        move.refused.update(event.refused)
             case Woke():
                 self._wake = None
         while self._timers and self._timers[0][0] <= now:
@@ -309,7 +221,7 @@ class Scheduler:
             return
         mine = self._by_request.setdefault(event.request, {})
         for series in event.fetches:
-            new: deque[_Fetch] = deque()
+            new: deque[Fetch] = deque()
             for want in series.wants:
                 fetch = self._fetches.get((*_series_key(series), want.sop_instance_uid, event.accept))
                 if fetch is None:
@@ -322,17 +234,15 @@ class Scheduler:
                     self._out.append(BeginInstance(event.request, want))
             if new:
                 count = series.count if series.whole else None
-                self._enqueue(
-                    self._pacs[series.pacs], _Batch(next(self._numbers), event.accept, new, count, is_single=False)
-                )
+                self._pacs[series.pacs].enqueue(Batch(next(self._numbers), event.accept, new, count))
 
-    def _open(self, series: SeriesFetch, uid: str, accept: tuple[str, ...]) -> _Fetch:
-        fetch = _Fetch(*_series_key(series), uid, accept, series.verify, series.sop_classes.get(uid))
+    def _open(self, series: SeriesFetch, uid: str, accept: tuple[str, ...]) -> Fetch:
+        fetch = Fetch(*_series_key(series), uid, accept, series.verify, series.sop_classes.get(uid))
         self._fetches[fetch.key] = fetch
         self._by_uid.setdefault(uid, []).append(fetch)
         return fetch
 
-    def _close(self, fetch: _Fetch) -> None:
+    def _close(self, fetch: Fetch) -> None:
         fetch.is_open = False
         del self._fetches[fetch.key]
         same = self._by_uid[fetch.uid]
@@ -342,22 +252,22 @@ class Scheduler:
         if fetch.move is not None:
             fetch.move.fetches.pop(fetch, None)
 
-    def _complete(self, fetch: _Fetch, store: int) -> None:
+    def _complete(self, fetch: Fetch, store: int) -> None:
         for request, wants in fetch.waiters.items():
             self._out += [CompleteInstance(request, want, store, fetch.attempts) for want in wants]
         self._close(fetch)
 
-    def _fail(self, fetch: _Fetch, error: RegistryError) -> None:
+    def _fail(self, fetch: Fetch, error: RegistryError) -> None:
         for request, wants in fetch.waiters.items():
             self._out += [FailInstance(request, w, error.at(w.sop_instance_uid), fetch.attempts) for w in wants]
         self._close(fetch)
 
     def _withdraw(self, request: int) -> None:
-        left: dict[_Move, None] = {}
+        left: dict[Move, None] = {}
         for fetch in self._by_request.pop(request, {}):
             fetch.waiters.pop(request, None)
             if fetch.is_open and not fetch.waiters:
-                if fetch.move is not None and fetch.stage is _Stage.MOVING:
+                if fetch.move is not None and fetch.stage is Stage.MOVING:
                     left[fetch.move] = None
                 self._close(fetch)
         for move in left:
@@ -366,24 +276,19 @@ class Scheduler:
 
     # --- moves ----------------------------------------------------------------------------------------------------
 
-    def _enqueue(self, pacs: _Pacs, batch: _Batch) -> None:
-        heapq.heappush(pacs.queue, (batch.order, next(self._numbers), batch))
-
-    def _dispatch(self, pacs: _Pacs, now: float) -> None:
-        while len(pacs.moves) + len(pacs.queries) < pacs.window and now >= pacs.pause_until:
+    def _dispatch(self, pacs: Pacs, now: float) -> None:
+        while pacs.has_slot and now >= pacs.pause_until:
             if pacs.waiting_queries:
                 self._start_query(pacs, pacs.waiting_queries.popleft())
                 continue
-            while pacs.queue and not self._next_open(pacs.queue[0][2]):
-                heapq.heappop(pacs.queue)
-            if not pacs.queue:
+            batch = pacs.next_batch()
+            if batch is None:
                 return
-            batch = pacs.queue[0][2]
             if pacs.moves and batch.accept != pacs.accept:
                 return  # its turn comes when these have ended; nothing behind it overtakes it
             self._start_move(pacs, batch, now)
 
-    def _start_query(self, pacs: _Pacs, query: int) -> None:
+    def _start_query(self, pacs: Pacs, query: int) -> None:
         checked = self._checks.get(query)
         if checked is None:
             self._out.append(StartQuery(query))
@@ -394,37 +299,20 @@ class Scheduler:
             return
         pacs.queries.add(query)
 
-    def _next_open(self, batch: _Batch) -> bool:
-        """Drop what is no longer wanted from the head of a batch; tell whether something is left."""
-        while batch.fetches and not batch.fetches[0].is_open:
-            batch.fetches.popleft()
-            batch.count = None
-        return bool(batch.fetches)
-
-    def _start_move(self, pacs: _Pacs, batch: _Batch, now: float) -> None:
-        fetches: list[_Fetch] = []
-        level: Level = "IMAGE"
-        if batch.count is not None:
-            fetches = [fetch for fetch in batch.fetches if fetch.is_open]
-            if len(fetches) == batch.count:
-                level = "SERIES"
-                batch.fetches.clear()
-            batch.count = None
-        if level == "IMAGE":
-            fetches = []
-            limit = 1 if batch.is_single or pacs.lists_fail else self._uid_list_limit
-            while len(fetches) < limit and self._next_open(batch):
-                fetches.append(batch.fetches.popleft())
-        if batch.accept != pacs.accept:
-            pacs.accept = batch.accept
-            pacs.refused.clear()
-        move = _Move(
+    def _start_move(self, pacs: Pacs, batch: Batch, now: float) -> None:
+        level: Level = "SERIES"
+        fetches = batch.take_whole()
+        if not fetches:
+            level = "IMAGE"
+            fetches = batch.take(1 if batch.is_single or pacs.lists_fail else self._uid_list_limit)
+        pacs.accept = batch.accept
+        move = Move(
             next(self._numbers), pacs, level, batch.accept, batch.order, dict.fromkeys(fetches), len(fetches), now
         )
         pacs.moves.add(move)
         self._moves[move.id] = move
         for fetch in fetches:
-            fetch.stage, fetch.move = _Stage.MOVING, move
+            fetch.stage, fetch.move = Stage.MOVING, move
             fetch.started = fetch.started if fetch.attempts else now
             fetch.attempts += 1
         self._out.append(
@@ -440,12 +328,12 @@ class Scheduler:
         )
         self._at(now + self._stall_timeout, lambda time: self._watch(move, time))
 
-    def _cancel(self, move: _Move, reason: str) -> None:
+    def _cancel(self, move: Move, reason: str) -> None:
         if move.id in self._moves and not move.is_cancelled:
             move.is_cancelled = True
             self._out.append(CancelMove(move.id, reason))
 
-    def _watch(self, move: _Move, now: float) -> None:
+    def _watch(self, move: Move, now: float) -> None:
         """Give a move up when nothing that is wanted has come for too long."""
         if move.id not in self._moves or move.is_cancelled:
             return
@@ -462,13 +350,13 @@ class Scheduler:
         if stalled and pacs.last_heard <= move.last_progress:
             self._give_up(pacs, error)
 
-    def _give_up(self, pacs: _Pacs, error: RegistryError) -> None:
+    def _give_up(self, pacs: Pacs, error: RegistryError) -> None:
         """Fail what waits for a PACS that was not heard of while one of its moves used up its patience.
 
         Without this a long queue would take one time-out after the other.
         """
         for fetch in tuple(self._fetches.values()):
-            if fetch.pacs == pacs.name and fetch.stage is _Stage.QUEUED:
+            if fetch.pacs == pacs.name and fetch.stage is Stage.QUEUED:
                 self._fail(fetch, error)
 
     def _finish_move(self, event: MoveFinished, now: float) -> None:
@@ -479,38 +367,42 @@ class Scheduler:
         if event.error is not None:
             self._finish_in_error(move, fetches, event.error, now)
             return
-        if event.status is not None and not move.is_cancelled:
-            pacs.busy_streak = 0
-            pacs.last_heard = now
-            pacs.good_moves += 1
-            if pacs.good_moves >= pacs.window:  # as many good moves as fit beside each other: try one more
-                pacs.good_moves = 0
-                pacs.window = min(pacs.limit, pacs.window + 1)
-        if not fetches:
-            return
         comment = f" ({event.comment})" if event.comment else ""
         how = "without a final response" if event.status is None else f"with status 0x{event.status:04X}"
         error = RepositoryError(f"{pacs.name}: C-MOVE ended {how}{comment} and the instance did not come")
+        if event.status is not None:
+            pacs.last_heard = now
+            is_out_of_resources = event.status & 0xFF00 == _OUT_OF_RESOURCES and move.arrived == 0
+            if is_out_of_resources and not any(self._syntax_error(fetch, is_last_word=True) for fetch in fetches):
+                # Nothing came and it has no room: as much a "not now" as a rejected association.
+                self._finish_in_error(move, fetches, PeerBusy(pacs.name, error.context), now)
+                return
+            if not move.is_cancelled:
+                pacs.widen()
+        if not fetches:
+            return
         is_empty = event.status == 0 and not event.completed and move.level == "IMAGE" and move.listed > 1
         named = set(event.failed_uids)
         at_once = []
         for fetch in fetches:
             fetch.reason = error
-            fetch.stage = _Stage.SETTLING
+            fetch.stage = Stage.SETTLING
             if fetch.uid in named and not fetch.arriving:
                 at_once.append(fetch)
         if at_once:
             self._miss(at_once, now)
         if len(at_once) < len(fetches):
+            self._settling[move] = None
             self._at(now + self._grace, lambda time: self._settle(move, is_empty, time))
 
-    def _finish_in_error(self, move: _Move, fetches: list[_Fetch], error: PeerError, now: float) -> None:
+    def _finish_in_error(self, move: Move, fetches: list[Fetch], error: PeerError, now: float) -> None:
         pacs = move.pacs
         reason = _as_registry_error(error)
         for fetch in fetches:
             fetch.reason = reason
         if isinstance(error, PeerBusy):
-            self._pause(pacs, now)
+            if pacs.pause(now, lambda times: self._spread(self._backoff * 2 ** (times - 1))):
+                self._at(pacs.pause_until, lambda time: None)  # dispatch follows every step
             again = []
             for fetch in fetches:
                 fetch.attempts -= 1
@@ -521,16 +413,37 @@ class Scheduler:
                     again.append(fetch)
             self._requeue(again, move.order, move.accept, 0.0, now)
         elif error.retry is Retry.NEVER:
-            for fetch in fetches:
-                self._fail(fetch, reason)
+            self._refuse(move, fetches, reason, now)
         else:
             exhausted = self._retry(fetches, now)
             if exhausted and pacs.last_heard <= min(fetch.started for fetch in exhausted):
                 self._give_up(pacs, reason)
 
-    def _settle(self, move: _Move, is_empty: bool, now: float) -> None:
+    def _refuse(self, move: Move, fetches: list[Fetch], reason: RegistryError, now: float) -> None:
+        """A move was refused for good: what it was to bring fails, unless the refusal may be about the list only.
+
+        pynetdicom's qrscp answers a list of UIDs with 0xA801 (move destination unknown), because it matches nothing.
+        """
+        if move.level == "IMAGE" and move.listed > 1 and move.arrived == 0:
+            for fetch in fetches:
+                fetch.one_by_one = True
+            self._retry(fetches, now)
+            return
+        # Some answer 0xA801 when our SCP accepted none of their contexts.
+        errors = [(fetch, self._syntax_error(fetch, is_last_word=True) or reason) for fetch in fetches]
+        for fetch, error in errors:
+            self._fail(fetch, error)
+        if fetches and fetches[0].one_by_one:
+            # One of a list was refused as the list was: so will be the rest of it.
+            series = (fetches[0].pacs, fetches[0].study, fetches[0].series)
+            for fetch in tuple(self._fetches.values()):
+                if fetch.stage is Stage.QUEUED and fetch.one_by_one and fetch.key[:3] == series:
+                    self._fail(fetch, reason)
+
+    def _settle(self, move: Move, is_empty: bool, now: float) -> None:
         """The grace after a move is over: what has not come and is not coming in just now was missed."""
-        late = [fetch for fetch in move.fetches if fetch.stage is _Stage.SETTLING]
+        del self._settling[move]
+        late = [fetch for fetch in move.fetches if fetch.stage is Stage.SETTLING]
         missed = [fetch for fetch in late if not fetch.arriving]
         for fetch in late:
             fetch.is_overdue = True
@@ -538,16 +451,16 @@ class Scheduler:
         if missed:
             self._miss(missed, now)
 
-    def _miss(self, fetches: Iterable[_Fetch], now: float) -> None:
+    def _miss(self, fetches: Iterable[Fetch], now: float) -> None:
         """Decide about fetches of one series that a move, now ended, did not bring."""
-        again: list[_Fetch] = []
-        unproved: list[_Fetch] = []
+        again: list[Fetch] = []
+        unproved: list[Fetch] = []
         for fetch in fetches:
             fetch.is_overdue = False
             if (syntax_error := self._syntax_error(fetch)) is not None:
                 self._fail(fetch, syntax_error)
             elif fetch.sop_class is None and not fetch.is_checked:
-                fetch.stage = _Stage.CHECKING
+                fetch.stage = Stage.CHECKING
                 unproved.append(fetch)
             else:
                 again.append(fetch)
@@ -557,23 +470,23 @@ class Scheduler:
             self._pacs[unproved[0].pacs].waiting_queries.append(query)
         self._retry(again, now)
 
-    def _syntax_error(self, fetch: _Fetch) -> RegistryError | None:
+    def _syntax_error(self, fetch: Fetch, *, is_last_word: bool = False) -> RegistryError | None:
         """Return the error of an instance that was not sent because we accept none of its transfer syntaxes.
 
-        A refused context is an explanation only for a class of which nothing else came: PACSs propose several
-        contexts for a class and do not need them all.
+        A refused context explains a class of which nothing else came: PACSs propose several contexts for a class and
+        do not need them all. Where the class is not known it explains only when it is all that we will ever know.
         """
         if fetch.syntax_error is not None:
             return fetch.syntax_error
         move = fetch.move
-        if move is None or not move.pacs.refused:
+        if move is None or not move.refused:
             return None
-        refused = move.pacs.refused
+        refused = move.refused
         if fetch.sop_class:
             if fetch.sop_class not in refused or fetch.sop_class in move.sop_classes:
                 return None
             proposed = refused[fetch.sop_class]
-        elif move.arrived == 0 and fetch.is_checked:
+        elif move.arrived == 0 and (fetch.sop_class is not None or fetch.is_checked or is_last_word):
             proposed = tuple(dict.fromkeys(uid for syntaxes in refused.values() for uid in syntaxes))
         else:
             return None
@@ -601,10 +514,10 @@ class Scheduler:
                 again.append(fetch)
         self._retry(again, now)
 
-    def _retry(self, fetches: list[_Fetch], now: float) -> list[_Fetch]:
+    def _retry(self, fetches: list[Fetch], now: float) -> list[Fetch]:
         """Ask again for fetches of one move, after a pause; fail and return those that have had their chances."""
-        exhausted: list[_Fetch] = []
-        again: list[_Fetch] = []
+        exhausted: list[Fetch] = []
+        again: list[Fetch] = []
         for fetch in fetches:
             pacs = self._pacs[fetch.pacs]
             pause = self._spread(self._backoff * 2 ** (fetch.attempts - 1))
@@ -616,7 +529,8 @@ class Scheduler:
                 if fetch.one_by_one and fetch.sop_class is not None:
                     pacs.lists_fail = True  # it exists, and was not found in a list
         for fetch in exhausted:
-            self._fail(fetch, fetch.reason or RepositoryError("it did not come"))
+            error = self._syntax_error(fetch, is_last_word=True) or fetch.reason
+            self._fail(fetch, error or RepositoryError("it did not come"))
         if again:
             move = again[0].move
             assert move is not None
@@ -624,33 +538,23 @@ class Scheduler:
             self._requeue(again, move.order, move.accept, pause, now)
         return exhausted
 
-    def _requeue(self, fetches: list[_Fetch], order: int, accept: tuple[str, ...], pause: float, now: float) -> None:
+    def _requeue(self, fetches: list[Fetch], order: int, accept: tuple[str, ...], pause: float, now: float) -> None:
         """Put fetches back into the queue, at their old place, after a pause."""
         if not fetches:
             return
         for fetch in fetches:
-            fetch.stage = _Stage.QUEUED
+            fetch.stage = Stage.QUEUED
         is_single = any(fetch.one_by_one for fetch in fetches)
-        batch = _Batch(order, accept, deque(fetches), None, is_single)
+        batch = Batch(order, accept, deque(fetches), None, is_single)
         pacs = self._pacs[fetches[0].pacs]
-        self._at(now + pause, lambda time: self._enqueue(pacs, batch))
-
-    def _pause(self, pacs: _Pacs, now: float) -> None:
-        """A PACS said that it is busy: no more at a time than run now, and nothing new for a while."""
-        pacs.window = max(1, len(pacs.moves) + len(pacs.queries))
-        pacs.good_moves = 0
-        if now < pacs.pause_until:
-            return  # several moves that were refused together are one refusal
-        pacs.busy_streak += 1
-        pacs.pause_until = now + self._spread(min(self._max_backoff, self._backoff * 2 ** (pacs.busy_streak - 1)))
-        self._at(pacs.pause_until, lambda time: None)  # dispatch follows every step
+        self._at(now + pause, lambda time: pacs.enqueue(batch))
 
     def _spread(self, pause: float) -> float:
         return min(self._max_backoff, pause) * self._random.uniform(0.5, 1.5)
 
     # --- stores ---------------------------------------------------------------------------------------------------
 
-    def _wanted_by(self, uid: str, pacs: str | None) -> list[_Fetch]:
+    def _wanted_by(self, uid: str, pacs: str | None) -> list[Fetch]:
         """Return who waits for an instance from this PACS; from any, where its sender is not the one that was asked."""
         fetches = self._by_uid.get(uid, [])
         return [fetch for fetch in fetches if fetch.pacs == pacs] or fetches
@@ -670,7 +574,7 @@ class Scheduler:
             return
         claims = {(fetch.study, fetch.series) for fetch in wanted}
         verify = len(claims) > 1 or any(fetch.verify for fetch in fetches)
-        store = _Store(event.pacs, event.sop_class_uid, event.sop_instance_uid, event.transfer_syntax_uid, fetches)
+        store = Store(event.pacs, event.sop_class_uid, event.sop_instance_uid, event.transfer_syntax_uid, fetches)
         self._stores[event.store] = store
         self._out.append(AcceptStore(event.store, verify))
         for fetch in fetches:
@@ -680,7 +584,7 @@ class Scheduler:
             fetch.arriving += 1
         self._note_progress(store, now)
 
-    def _note_progress(self, store: _Store, now: float) -> None:
+    def _note_progress(self, store: Store, now: float) -> None:
         for fetch in store.fetches:
             if fetch.is_open:
                 pacs = self._pacs[fetch.pacs]
@@ -706,7 +610,7 @@ class Scheduler:
 
     def _break_store(self, event: StoreBroken, now: float) -> None:
         store = self._stores.pop(event.store)
-        overdue: list[_Fetch] = []
+        overdue: list[Fetch] = []
         for fetch in store.fetches:
             if not fetch.is_open:
                 continue

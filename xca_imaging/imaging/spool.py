@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -55,6 +56,7 @@ def _element(element: int, vr: bytes, value: str) -> bytes:
     return struct.pack("<HH2sH", 0x0002, element, vr, len(encoded)) + encoded
 
 
+_PREAMBLE = struct.Struct("<128x4sHH2sHL")
 _META_VERSION = struct.pack("<HH2s2xL", 0x0002, 0x0001, b"OB", 2) + b"\0\1"
 _IMPLEMENTATION = _element(0x0012, b"UI", uids.IMPLEMENTATION_CLASS_UID) + _element(
     0x0013, b"SH", uids.IMPLEMENTATION_VERSION_NAME
@@ -79,15 +81,20 @@ def encode_file_meta(
     ----------
     * DICOM PS3.10, 7.1 and Table 7.1-1: Explicit VR Little Endian whatever the data set is
     """
-    group = (
-        _META_VERSION
-        + _element(0x0002, b"UI", sop_class_uid)
-        + _element(0x0003, b"UI", sop_instance_uid)
-        + _element(0x0010, b"UI", transfer_syntax_uid)
+    before, after = _constant_meta(sop_class_uid, transfer_syntax_uid, source_ae_title)
+    group = before + _element(0x0003, b"UI", sop_instance_uid) + after
+    return _PREAMBLE.pack(b"DICM", 0x0002, 0x0000, b"UL", 4, len(group)) + group
+
+
+@functools.lru_cache(maxsize=64)  # the classes, syntaxes and peers of the associations at work; an entry is 300 bytes
+def _constant_meta(sop_class_uid: str, transfer_syntax_uid: str, source_ae_title: str) -> tuple[bytes, bytes]:
+    """Return what is the same for all instances of a presentation context: before and after (0002,0003)."""
+    return (
+        _META_VERSION + _element(0x0002, b"UI", sop_class_uid),
+        _element(0x0010, b"UI", transfer_syntax_uid)
         + _IMPLEMENTATION
-        + (_element(0x0016, b"AE", source_ae_title) if source_ae_title else b"")
+        + (_element(0x0016, b"AE", source_ae_title) if source_ae_title else b""),
     )
-    return struct.pack("<128x4sHH2sHL", b"DICM", 0x0002, 0x0000, b"UL", 4, len(group)) + group
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import socket
 import ssl as ssl_module
@@ -342,9 +343,9 @@ class _Connection(asyncio.BufferedProtocol):
             logger.warning("connection of %s closed unheard: too many connections", self._who())
             self._transport.abort()
             return
-        self._socket = transport.get_extra_info("socket")
-        if self._socket is not None:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A descriptor of our own: uvloop's stand-in for the socket makes and closes one for each option that is set.
+        self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._settle()
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -385,7 +386,9 @@ class _Connection(asyncio.BufferedProtocol):
             self._layer.perform(Event.EVT17)
         self._end(f"connection lost: {exc}" if exc else "connection closed by the peer")
         self._scp.remove(self)
-        self._socket = None
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None
 
     # --- what the server asks for ---------------------------------------------------------------------------------
 
@@ -602,9 +605,7 @@ class _Connection(asyncio.BufferedProtocol):
             )
         else:  # C-CANCEL has no response, and there is nothing to cancel
             return
-        self._layer.perform(
-            Event.EVT9, pdu.encode_p_data(self._context_id, answer, is_command=True, max_length=self._peer_max)
-        )
+        self._layer.send_data(pdu.encode_p_data(self._context_id, answer, is_command=True, max_length=self._peer_max))
 
     def _fail(self, exc: Exception) -> None:
         """Turn what the receiver raised into a status; the rest of the data set is dropped as it comes."""

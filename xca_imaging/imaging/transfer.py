@@ -12,7 +12,6 @@ References
 from __future__ import annotations
 
 import asyncio
-import io
 import itertools
 import logging
 import random
@@ -24,10 +23,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol, TypeVar
-
-import pydicom
 
 from xca_imaging import settings
 from xca_imaging.errors import (
@@ -37,17 +33,17 @@ from xca_imaging.errors import (
     RegistryError,
     RepositoryBusy,
     RepositoryError,
-    SpoolFull,
     XcaImagingError,
 )
 from xca_imaging.imaging import decisions as d
+from xca_imaging.imaging.arrival import Arrival, Dropped, read_place
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult
 from xca_imaging.imaging.backends.cfind import Finder
 from xca_imaging.imaging.backends.cmove import CMove
 from xca_imaging.imaging.ledger import Ledger, State, Want
 from xca_imaging.imaging.plan import FetchPlan, StudyIndex, build, unclear_series
 from xca_imaging.imaging.scheduler import Scheduler
-from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
+from xca_imaging.imaging.spool import Spool, SpooledInstance
 from xca_imaging.imaging.store_scp import Incoming, PeerAssociation, StoreRequest
 from xca_imaging.imaging.study import InstanceFacts, SeriesFacts
 
@@ -55,13 +51,7 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_SUCCESS = 0x0000
 _NOT_AUTHORISED = 0x0124  # PS3.7 Annex C.5.13: what nobody asked for is not taken
-_OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
-
-_HEADER_LIMIT = 1 << 20
-"""Bytes of an arrived object that are read for its Study and Series Instance UID. Group 0008 and 0010 come before
-them; icons and private data come after."""
 
 
 class SeriesFinder(Protocol):
@@ -220,7 +210,7 @@ class Transfers:
         self._hosts: dict[str, set[str]] = {}
         self._numbers = itertools.count(1)
         self._transfers: dict[int, Transfer] = {}
-        self._stores: dict[int, _Arrival] = {}
+        self._stores: dict[int, Arrival] = {}
         self._moves: dict[int, threading.Event] = {}
         self._queries: dict[int, asyncio.Future[None]] = {}
         self._shared: dict[tuple[str, ...], asyncio.Task[Any]] = {}
@@ -579,16 +569,36 @@ class Transfers:
         )
         match answer:
             case d.AcceptStore(verify=verify):
-                arrival = _Arrival(self, store, verify)
-                self._stores[store] = arrival
-                return arrival.open(request)
+                arrival = self._stores[store] = Arrival(
+                    store, self._take_store, tell_every=self._note_every, verify=self._verify if verify else None
+                )
+                return arrival.open(self._spool, request)
             case d.DropStore():
-                return _Dropped()
+                return Dropped()
             case d.RefuseStore(reason=reason):
                 _log.info(
                     "%s sends %s, refused: %s", request.association.calling_ae_title, request.sop_instance_uid, reason
                 )
         return _NOT_AUTHORISED
+
+    def _take_store(self, event: d.BytesArrived | d.InstanceArrived | d.StoreBroken) -> None:
+        self._step(event)
+        if not isinstance(event, d.BytesArrived):
+            del self._stores[event.store]
+
+    def _verify(self, arrival: Arrival) -> None:
+        """Read study and series from an object that nothing else proves to belong where it is wanted."""
+
+        async def read() -> None:
+            assert arrival.instance is not None
+            try:
+                place = await self._loop.run_in_executor(self._executor, read_place, arrival.instance.path)
+            except Exception as exc:  # whatever pydicom raises for an object that it cannot read
+                arrival.settle(exc)
+            else:
+                arrival.settle(place)
+
+        self._spawn(read())
 
     def _offer(self, event: d.StoreOffered) -> d.AcceptStore | d.DropStore | d.RefuseStore | None:
         self._step(event)
@@ -607,107 +617,3 @@ class Transfers:
             titled = [n for n in titled or self._settings if association.host in self._hosts[n]]
         name = self._peers[association.id] = titled[0] if len(titled) == 1 else None
         return name
-
-
-class _Dropped:
-    """An instance that we own already: received, answered with Success, forgotten."""
-
-    def write(self, data: memoryview) -> None:
-        pass
-
-    def commit(self) -> int:
-        return _SUCCESS
-
-    def discard(self, reason: str) -> None:
-        pass
-
-
-class _Arrival:
-    """A wanted instance on its way into the spool."""
-
-    # Mutable state: the writer, the spooled instance after `commit`, when progress was told last, and whether the
-    # scheduler knows that it is over.
-    __slots__ = ("_is_over", "_noted", "_number", "_transfers", "_verify", "_writer", "instance")
-
-    def __init__(self, transfers: Transfers, number: int, verify: bool) -> None:
-        self._transfers, self._number, self._verify = transfers, number, verify
-        self._writer: SpoolWriter | None = None
-        self.instance: SpooledInstance | None = None
-        self._noted = transfers._loop.time()
-        self._is_over = False
-
-    def open(self, request: StoreRequest) -> Incoming | int:
-        try:
-            self._writer = self._transfers._spool.create(
-                sop_class_uid=request.sop_class_uid,
-                sop_instance_uid=request.sop_instance_uid,
-                transfer_syntax_uid=request.transfer_syntax_uid,
-                source_ae_title=request.association.calling_ae_title,
-            )
-        except (SpoolFull, OSError) as exc:
-            self._break(str(exc), no_room=True)
-            return _OUT_OF_RESOURCES
-        return self
-
-    def write(self, data: memoryview) -> None:
-        assert self._writer is not None
-        try:
-            self._writer.write(data)
-        except (SpoolFull, OSError) as exc:
-            self._break(str(exc), no_room=True)
-            raise
-        now = self._transfers._loop.time()
-        if now - self._noted >= self._transfers._note_every:
-            self._noted = now
-            self._transfers._step(d.BytesArrived(self._number))
-
-    def commit(self) -> int:
-        assert self._writer is not None
-        try:
-            instance = self._writer.commit()
-        except (SpoolFull, OSError) as exc:
-            self._break(str(exc), no_room=True)
-            return _OUT_OF_RESOURCES
-        self.instance = instance
-        self._is_over = True
-        if self._verify:
-            instance.hold()  # until its header has been read
-            self._transfers._spawn(self._read_header(instance))
-        else:
-            self._finish(d.InstanceArrived(self._number))
-        return _SUCCESS
-
-    def discard(self, reason: str) -> None:
-        self._break(reason, no_room=False)
-
-    async def _read_header(self, instance: SpooledInstance) -> None:
-        transfers = self._transfers
-        try:
-            study, series = await transfers._loop.run_in_executor(transfers._executor, _read_place, instance.path)
-            event: d.InstanceArrived | d.StoreBroken = d.InstanceArrived(self._number, study, series)
-        except Exception as exc:  # whatever pydicom raises for an object that it cannot read
-            event = d.StoreBroken(self._number, f"its header cannot be read: {exc}")
-        self._finish(event)
-        instance.release()
-
-    def _break(self, reason: str, *, no_room: bool) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
-        if self._writer is not None:
-            self._writer.discard()
-        self._finish(d.StoreBroken(self._number, reason, no_room))
-
-    def _finish(self, event: d.InstanceArrived | d.StoreBroken) -> None:
-        self._transfers._step(event)
-        del self._transfers._stores[self._number]
-
-
-def _read_place(path: Path) -> tuple[str, str]:
-    """Return Study and Series Instance UID of a Part 10 file, from its first part only."""
-    with open(path, "rb") as file:
-        head = io.BytesIO(file.read(_HEADER_LIMIT))
-    dataset = pydicom.dcmread(
-        head, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"], force=False
-    )
-    return str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)

@@ -23,7 +23,7 @@ from typing import Any, cast
 from lxml import etree
 
 from xca_imaging import uids
-from xca_imaging.errors import RegistryError, RegistryMetadataError, SubmissionRefused
+from xca_imaging.errors import LocalProtocolError, RegistryError, RegistryMetadataError, SubmissionRefused
 from xca_imaging.metadata import layouts
 from xca_imaging.metadata.model import (
     Association,
@@ -331,8 +331,20 @@ def encode_object(item: RegistryObject) -> etree._Element:
 
     The ids of its classifications and identifiers follow from its own id, so that the same object is always written
     as the same bytes: UUIDs inside an object that has one, symbolic ids inside one with a symbolic id.
+
+    Raises
+    ------
+    LocalProtocolError
+        When an attribute holds characters that XML does not have: control characters out of a DICOM header, say.
     """
-    layout = layouts.LAYOUTS[type(item)]
+    try:
+        return _write(item, layouts.LAYOUTS[type(item)])
+    except ValueError as error:
+        where = f"{type(item).__name__} {item.entry_uuid!r}"
+        raise LocalProtocolError(f"{where} holds characters that cannot stand in XML") from error
+
+
+def _write(item: RegistryObject, layout: layouts.Layout) -> etree._Element:
     element = etree.Element(layout.tag, nsmap=_PREFIXES)
     for name, attribute in layout.attributes.items():
         value = getattr(item, attribute)

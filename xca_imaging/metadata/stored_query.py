@@ -11,6 +11,7 @@ import enum
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from lxml import etree
@@ -255,8 +256,13 @@ _TOKEN = re.compile(
 )
 
 
-def decode_adhoc_query(request: etree._Element) -> StoredQuery:
+def decode_adhoc_query(request: etree._Element, *, max_text: int = 1_000_000) -> StoredQuery:
     """Return the query of a query:AdhocQueryRequest. Parameters that its definition does not have are ignored.
+
+    Parameters
+    ----------
+    max_text : int
+        Characters of all values together: 20 000 UUIDs. Reading millions of empty values would only cost time.
 
     Raises
     ------
@@ -278,6 +284,8 @@ def decode_adhoc_query(request: etree._Element) -> StoredQuery:
     for slot in adhoc_query.iterchildren(_SLOT):
         texts = [value.text or "" for value in slot.iterfind(f"{_VALUE_LIST}/{_VALUE}")]
         slots.setdefault(slot.get("name", ""), []).append(texts)
+    if sum(len(text) for texts in chain.from_iterable(slots.values()) for text in texts) > max_text:
+        raise StoredQueryParamNumber(f"the values of the query have more than {max_text} characters")
     return StoredQuery(_read_query(definition, slots), _return_type(request), adhoc_query.get("home", "").strip())
 
 

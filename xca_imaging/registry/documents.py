@@ -163,11 +163,11 @@ class DocumentStore:
 
         Raises
         ------
-        errors.NonIdenticalHash, errors.NonIdenticalSize
+        errors.NonIdenticalHash
             The name belongs to other content (TF-2 3.41.4.1.3).
         """
         known = connection.execute(
-            select(StoredDocumentRow.size, StoredDocumentRow.sha256).where(
+            select(StoredDocumentRow.sha256).where(
                 StoredDocumentRow.repository_unique_id == repository_unique_id,
                 StoredDocumentRow.document_unique_id == document_unique_id,
             )
@@ -184,9 +184,8 @@ class DocumentStore:
                     "sha256": staged.sha256,
                 },
             )
-        elif known.size != staged.size:
-            raise errors.NonIdenticalSize(document_unique_id)
         elif known.sha256 != staged.sha256:
+            # The registry has compared SHA-1 and size before: what differs here is a collision of SHA-1.
             raise errors.NonIdenticalHash(document_unique_id)
 
     def find(self, connection: Connection, repository_unique_id: str, document_unique_id: str) -> StoredDocument | None:

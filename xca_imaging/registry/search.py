@@ -44,9 +44,6 @@ MAX_CONDITIONS = 20
 MAX_PATTERNS = 100
 """Most LIKE patterns in a query: each is compared with every author of the patient's documents."""
 
-MAX_WILDCARDS = 8
-"""Most `%` in a LIKE pattern: the work of matching multiplies with each; an XCN has a handful of components."""
-
 # LIKE needs an escape character to be named, or PostgreSQL takes the backslash, which HL7 v2 escapes consist of.
 # U+0001 cannot occur in XML, hence in no pattern.
 _NO_ESCAPE = "\x01"
@@ -260,5 +257,3 @@ def _check_size(repeatable: Sequence[Sequence[Any]], single: Sequence[Sequence[A
 def _check_patterns(patterns: Sequence[str]) -> None:
     if len(patterns) > MAX_PATTERNS:
         raise errors.StoredQueryParamNumber(f"more than {MAX_PATTERNS} patterns in one query")
-    if any(pattern.count("%") > MAX_WILDCARDS for pattern in patterns):
-        raise errors.StoredQueryParamNumber(f"more than {MAX_WILDCARDS} wildcards in one pattern")

@@ -16,7 +16,9 @@ from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.transactions import adhoc_query
 from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.registry_response import RegistryResponse
-from xca_imaging.transactions.table import ITI18 as TRANSACTION
+from xca_imaging.transactions.table import ITI18
+
+TRANSACTION = ITI18
 
 
 def decode_request(body: etree._Element | None) -> StoredQuery:

@@ -11,7 +11,9 @@ from lxml import etree
 
 from xca_imaging.transactions import document_set
 from xca_imaging.transactions.document_set import RetrieveRequest, RetrieveResponse
-from xca_imaging.transactions.table import ITI39 as TRANSACTION
+from xca_imaging.transactions.table import ITI39
+
+TRANSACTION = ITI39
 
 
 def decode_request(body: etree._Element | None) -> RetrieveRequest:

@@ -12,7 +12,9 @@ from lxml import etree
 from xca_imaging.transactions import registry_response, submission
 from xca_imaging.transactions.registry_response import RegistryResponse
 from xca_imaging.transactions.submission import ProvideRequest
-from xca_imaging.transactions.table import ITI41 as TRANSACTION
+from xca_imaging.transactions.table import ITI41
+
+TRANSACTION = ITI41
 
 
 def decode_request(body: etree._Element | None) -> ProvideRequest:

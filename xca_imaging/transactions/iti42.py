@@ -12,7 +12,9 @@ from lxml import etree
 from xca_imaging.metadata.model import Submission
 from xca_imaging.transactions import registry_response, submission
 from xca_imaging.transactions.registry_response import RegistryResponse
-from xca_imaging.transactions.table import ITI42 as TRANSACTION
+from xca_imaging.transactions.table import ITI42
+
+TRANSACTION = ITI42
 
 
 def decode_request(body: etree._Element | None) -> Submission:

@@ -12,7 +12,9 @@ from lxml import etree
 from xca_imaging.transactions import document_set, imaging_document_set
 from xca_imaging.transactions.document_set import RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
-from xca_imaging.transactions.table import RAD69 as TRANSACTION
+from xca_imaging.transactions.table import RAD69
+
+TRANSACTION = RAD69
 
 
 def decode_request(body: etree._Element | None) -> RetrieveImagingRequest:

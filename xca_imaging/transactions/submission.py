@@ -16,6 +16,7 @@ from lxml import etree
 from xca_imaging import uids
 from xca_imaging.errors import (
     MalformedMessage,
+    MessageTooLarge,
     MissingDocument,
     MissingDocumentMetadata,
     RegistryError,
@@ -63,19 +64,32 @@ class ProvideRequest:
         ]
 
 
-def decode_submit_request(body: etree._Element, *, error: type[RegistryError] = RegistryMetadataError) -> Submission:
+def decode_submit_request(
+    body: etree._Element, *, error: type[RegistryError] = RegistryMetadataError, max_objects: int = 10_000
+) -> Submission:
     """Return the submission of a SubmitObjectsRequest.
+
+    Parameters
+    ----------
+    error : type of RegistryError
+        Class of the errors in `SubmissionRefused`.
+    max_objects : int
+        Objects of one submission. Real ones have tens; a message of small ones would keep the node busy for seconds.
 
     Raises
     ------
     MalformedMessage
         When there is no RegistryObjectList.
+    MessageTooLarge
+        When it holds too many objects.
     SubmissionRefused
         When the metadata hold what the model has no room for.
     """
     registry_object_list = body.find(_REGISTRY_OBJECT_LIST)
     if registry_object_list is None:
         raise MalformedMessage("SubmitObjectsRequest holds no RegistryObjectList")
+    if len(registry_object_list) > max_objects:
+        raise MessageTooLarge(f"a submission of more than {max_objects} objects")
     return ebrim.decode_registry_objects(registry_object_list, error=error)
 
 

@@ -564,6 +564,12 @@ class Reader:
                     decode = self._collecting.decode
                     body, self._body, self._collecting = self._body, bytearray(), None
                     yield decode(memoryview(body))
+            elif end - position >= 12 and data[position] == _P_DATA_TF and not self._pdu_left and not self._header:
+                # What nearly every read begins with: a P-DATA-TF and its first presentation data value.
+                self._start_pdu(data[position : position + _HEADER_LENGTH])
+                position += 2 * _HEADER_LENGTH
+                if self._start_pdv(data[position - _HEADER_LENGTH : position]):
+                    yield Fragment(self._context_id, self._is_command, self._is_last, data[position:position])
             else:
                 stop = position + _HEADER_LENGTH - len(self._header)
                 if stop > end:

@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 from xca_imaging import settings
-
-Level = Literal["STUDY", "SERIES", "IMAGE"]
+from xca_imaging.imaging.decisions import Level
 
 
 @dataclass(frozen=True, slots=True)

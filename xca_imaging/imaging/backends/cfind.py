@@ -164,8 +164,10 @@ class Finder:
         self._response_timeout = response_timeout
         self._max_matches = max_matches
         self._today = today
-        # Mutable state: levels at which this PACS refused the optional keys, so that each is tried once.
+        # Mutable state: levels at which this PACS refused the optional keys, so that each is tried once; whether it has
+        # been said that it tells no SOP Classes.
         self._refused_optional: set[str] = set()
+        self._said_no_classes = False
 
     def find_studies(
         self,
@@ -309,12 +311,14 @@ class Finder:
             only = study.sop_class_uids[0]
             classes = {uid: only for uids in missing.values() for uid in uids}
             return _completed(contents, classes)
-        _log.warning(
+        _log.log(
+            logging.INFO if self._said_no_classes else logging.WARNING,
             "%s leaves SOP Class UID (0008,0016) out of its answers: fetching %d instances of study %s to learn it",
             self.pacs.name,
             sum(map(len, missing.values())),
             study.study_instance_uid,
         )
+        self._said_no_classes = True
         learnt = learn_from_images(
             self.pacs,
             study.study_instance_uid,

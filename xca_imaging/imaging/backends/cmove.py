@@ -21,7 +21,7 @@ from pynetdicom.dimse_primitives import C_MOVE
 from pynetdicom.dsutils import decode
 
 from xca_imaging import settings
-from xca_imaging.errors import LocalProtocolError, PeerBusy, PeerProtocolError, PeerRefused
+from xca_imaging.errors import LocalProtocolError, PeerProtocolError, PeerRefused
 from xca_imaging.imaging.backends import MoveJob, MoveResult
 from xca_imaging.imaging.backends.association import associate
 
@@ -188,8 +188,6 @@ class CMove:
             )
         if status in _FINAL_REFUSALS:
             raise PeerRefused(self.pacs.name, f"C-MOVE status 0x{status:04X}, {_FINAL_REFUSALS[status]}{comment}")
-        if 0xA700 <= status <= 0xA7FF and not result.completed:
-            raise PeerBusy(self.pacs.name, f"C-MOVE status 0x{status:04X}, out of resources{comment}")
 
 
 def _without_status(last: MoveResult, comment: str) -> MoveResult:

@@ -22,6 +22,7 @@ from pydicom import config
 from pydicom.dataset import Dataset
 from pydicom.uid import UID
 from pynetdicom import AE, build_context, build_role, evt
+from pynetdicom.pdu import A_ASSOCIATE_AC
 from pynetdicom.presentation import AllStoragePresentationContexts
 
 from xca_imaging import settings, uids
@@ -170,6 +171,12 @@ class _Round:
         entity.dimse_timeout = self.response_timeout
         entity.network_timeout = None
         plain = [uids.EXPLICIT_VR_LITTLE_ENDIAN, uids.IMPLICIT_VR_LITTLE_ENDIAN]
+        accepted: list[bool] = []  # pynetdicom aborts an association that was accepted without any of the contexts
+
+        def on_pdu(event: Event) -> None:
+            if isinstance(event.pdu, A_ASSOCIATE_AC):
+                accepted.append(True)
+
         association = entity.associate(
             self.pacs.host,
             self.pacs.port,
@@ -177,12 +184,13 @@ class _Round:
             ae_title=self.pacs.ae_title,
             ext_neg=[build_role(uid, scp_role=True) for uid in classes],
             tls_args=(self.tls, self.pacs.host) if self.tls else None,
-            evt_handlers=[(evt.EVT_C_STORE, self._stored)],
+            evt_handlers=[(evt.EVT_C_STORE, self._stored), (evt.EVT_PDU_RECV, on_pdu)],
         )
-        if not association.is_established:
+        if not association.is_established and not accepted:
             raise ConnectFailed(self.pacs.name, "no association for C-GET, which is needed to learn SOP Classes")
         if STUDY_ROOT_GET not in {str(context.abstract_syntax) for context in association.accepted_contexts}:
-            association.release()
+            if association.is_established:
+                association.release()
             raise PeerRefused(
                 self.pacs.name,
                 "tells no SOP Classes (0008,0016) in C-FIND, and does not do C-GET, by which they could be learnt",

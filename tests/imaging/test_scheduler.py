@@ -1,0 +1,638 @@
+"""The scheduler without time: lists of events, and simulated PACSs under random load."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from xca_imaging.errors import (
+    ConnectFailed,
+    DocumentUniqueIdError,
+    PeerBusy,
+    PeerRefused,
+    RepositoryBusy,
+    RepositoryError,
+    RepositoryOutOfResources,
+)
+from xca_imaging.imaging import decisions as d
+from xca_imaging.imaging.ledger import Ledger, Want
+from xca_imaging.imaging.plan import SeriesFetch
+from xca_imaging.imaging.scheduler import Scheduler
+
+EXPLICIT, JPEG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.70"
+CT = "1.2.840.10008.5.1.4.1.1.2"
+ROOM = 10**9
+T = TypeVar("T")
+
+
+def series(number: int, count: int, *, pacs: str = "main", whole: bool = True, proved: bool = False) -> SeriesFetch:
+    wants = tuple(
+        Want("1.2", f"1.3.{number}", f"1.4.{number}.{n}", f"1.9.{pacs == 'main':d}") for n in range(1, count + 1)
+    )
+    classes = {want.sop_instance_uid: CT for want in wants} if proved else {}
+    return SeriesFetch(pacs, "1.2", f"1.3.{number}", wants, count if whole else count + 1, classes)
+
+
+class Bench:
+    """A scheduler and a clock; each call is one step."""
+
+    def __init__(self, limit: int = 4, **options: Any) -> None:
+        self.scheduler = Scheduler(
+            {"main": limit, "other": limit}, stall_timeout=60.0, randomness=random.Random(1), **options
+        )
+        self.now = 100.0
+        self.stores = itertools.count(1)
+
+    def step(self, event: d.Event, after: float = 0.0) -> list[d.Decision]:
+        self.now += after
+        return self.scheduler.step(event, self.now)
+
+    def ask(
+        self, request: int, *fetches: SeriesFetch, accept: tuple[str, ...] = (EXPLICIT,), room: int = ROOM
+    ) -> list[d.Decision]:
+        return self.step(d.Asked(request, fetches, accept, room))
+
+    def arrive(
+        self, uid: str, *, syntax: str = EXPLICIT, pacs: str | None = "main", sop_class: str = CT
+    ) -> list[d.Decision]:
+        store = next(self.stores)
+        out = self.step(d.StoreOffered(store, pacs, sop_class, uid, syntax))
+        if any(isinstance(each, d.AcceptStore) for each in out):
+            out += self.step(d.InstanceArrived(store))
+        return out
+
+    def sleep(self, seconds: float) -> list[d.Decision]:
+        return self.step(d.Woke(), seconds)
+
+
+def of(kind: type[T], decisions: Sequence[d.Decision]) -> list[T]:
+    return [each for each in decisions if isinstance(each, kind)]
+
+
+def test_series_run_in_parallel_up_to_the_limit() -> None:
+    b = Bench(limit=2)
+    moves = of(d.StartMove, b.ask(1, *(series(n, 3) for n in range(1, 5))))
+    assert [(m.level, m.series_instance_uid) for m in moves] == [("SERIES", "1.3.1"), ("SERIES", "1.3.2")]
+    for uid in moves[0].instances:
+        assert len(of(d.CompleteInstance, b.arrive(uid))) == 1
+    (third,) = of(d.StartMove, b.step(d.MoveFinished(moves[0].move, 0, 3)))
+    assert third.series_instance_uid == "1.3.3"
+
+
+def test_queries_take_slots_before_moves() -> None:
+    b = Bench(limit=1)
+    assert of(d.StartQuery, b.step(d.QueryAsked(1, "main"))) == [d.StartQuery(1)]
+    assert of(d.StartMove, b.ask(1, series(1, 1))) == []
+    assert of(d.StartQuery, b.step(d.QueryAsked(2, "main"))) == []
+    out = b.step(d.QueryFinished(1, "main"))
+    assert of(d.StartQuery, out) == [d.StartQuery(2)]
+    assert of(d.StartMove, out) == []
+    assert len(of(d.StartMove, b.step(d.QueryFinished(2, "main")))) == 1
+
+
+def test_a_withdrawn_query_never_starts() -> None:
+    b = Bench(limit=1)
+    b.step(d.QueryAsked(1, "main"))
+    b.step(d.QueryAsked(2, "main"))
+    b.step(d.QueryFinished(2, "main"))
+    assert of(d.StartQuery, b.step(d.QueryFinished(1, "main"))) == []
+
+
+def test_one_fetch_however_many_ask() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2)))
+    assert of(d.StartMove, b.ask(2, series(1, 2))) == []
+    done = of(d.CompleteInstance, b.arrive("1.4.1.1"))
+    assert [each.request for each in done] == [1, 2]
+    # The last waiter's leaving cancels, the one before it does not.
+    assert of(d.CancelMove, b.step(d.Withdrawn(1))) == []
+    assert [each.move for each in of(d.CancelMove, b.step(d.Withdrawn(2)))] == [move.move]
+    assert b.scheduler.waiting == 0
+    assert of(d.RefuseStore, b.arrive("1.4.1.2")) != []
+
+
+def test_withdrawn_while_queued_is_never_moved() -> None:
+    b = Bench(limit=1)
+    (first,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    b.ask(2, series(2, 1))
+    b.ask(3, series(3, 1))
+    b.step(d.Withdrawn(2))
+    (move,) = of(d.StartMove, b.step(d.MoveFinished(first.move, 0, 1)))
+    assert move.series_instance_uid == "1.3.3"
+
+
+def test_part_of_a_series_goes_by_lists() -> None:
+    b = Bench(uid_list_limit=2)
+    moves = of(d.StartMove, b.ask(1, series(1, 5, whole=False)))
+    assert [(m.level, len(m.instances)) for m in moves] == [("IMAGE", 2), ("IMAGE", 2), ("IMAGE", 1)]
+
+
+def test_series_of_which_another_request_fetches_a_part_goes_by_list() -> None:
+    b = Bench()
+    whole = series(1, 3)
+    b.ask(1, SeriesFetch("main", "1.2", "1.3.1", whole.wants[:1], 3, {whole.wants[0].sop_instance_uid: CT}))
+    (move,) = of(d.StartMove, b.ask(2, whole))
+    assert (move.level, move.instances) == ("IMAGE", ("1.4.1.2", "1.4.1.3"))
+
+
+def test_missing_instances_are_checked_then_asked_again_by_list() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 3)))
+    b.arrive("1.4.1.1")
+    assert of(d.StartMove, b.step(d.MoveFinished(move.move, 0, 3))) == []
+    (check,) = of(d.CheckSeries, b.sleep(1.0))
+    assert (check.pacs, check.study_instance_uid, check.series_instance_uid) == ("main", "1.2", "1.3.1")
+    (gone,) = of(d.FailInstance, b.step(d.QueryFinished(check.query, "main", {"1.4.1.1": CT, "1.4.1.2": CT})))
+    assert isinstance(gone.error, DocumentUniqueIdError)
+    (again,) = of(d.StartMove, b.sleep(2.0))
+    assert (again.level, again.instances) == ("IMAGE", ("1.4.1.2",))
+    (done,) = of(d.CompleteInstance, b.arrive("1.4.1.2"))
+    assert done.attempts == 2
+
+
+def test_named_as_failed_needs_no_grace() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2, proved=True)))
+    b.arrive("1.4.1.1")
+    b.step(d.MoveFinished(move.move, 0xB000, 1, ("1.4.1.2",)))
+    assert [m.instances for m in of(d.StartMove, b.sleep(0.75))] == [("1.4.1.2",)]
+
+
+def test_attempts_are_bounded_and_the_last_reason_is_told() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1, proved=True)))
+    for _ in range(2):
+        b.step(d.MoveFinished(move.move, None, comment="the PACS ended the association"))
+        b.sleep(1.0)
+        (move,) = of(d.StartMove, b.sleep(5.0))
+    b.step(d.MoveFinished(move.move, None, comment="the PACS ended the association"))
+    (failed,) = of(d.FailInstance, b.sleep(1.0))
+    assert isinstance(failed.error, RepositoryError)
+    assert failed.error.location == "1.4.1.1"
+    assert "the PACS ended the association" in failed.error.context
+    assert failed.attempts == 3
+
+
+def test_what_comes_within_the_grace_counts() -> None:
+    b = Bench(limit=1)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2, proved=True)))
+    b.step(d.MoveFinished(move.move, 0, 2))
+    assert len(of(d.CompleteInstance, b.arrive("1.4.1.1"))) == 1
+    store = 77
+    b.step(d.StoreOffered(store, "main", CT, "1.4.1.2", EXPLICIT))
+    assert of(d.FailInstance, b.sleep(1.0)) == []  # it is arriving: the grace does not end it
+    assert len(of(d.CompleteInstance, b.step(d.InstanceArrived(store)))) == 1
+    assert b.scheduler.waiting == 0
+
+
+def test_arrival_that_breaks_after_the_grace_is_asked_again() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1, proved=True)))
+    b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
+    b.step(d.MoveFinished(move.move, 0, 1))
+    b.sleep(1.0)
+    out = b.step(d.StoreBroken(1, "aborted"))
+    assert len(of(d.LoseInstance, out)) == 1
+    assert len(of(d.StartMove, b.sleep(1.0))) == 1
+
+
+def test_empty_list_answers_are_remembered_for_instances_that_exist() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 3, whole=False, proved=True)))
+    b.step(d.MoveFinished(move.move, 0, 0))
+    b.sleep(1.0)
+    singles = of(d.StartMove, b.sleep(1.0))
+    assert [m.instances for m in singles] == [("1.4.1.1",), ("1.4.1.2",), ("1.4.1.3",)]
+    for single in singles:
+        b.arrive(single.instances[0])
+        b.step(d.MoveFinished(single.move, 0, 1))
+    assert [len(m.instances) for m in of(d.StartMove, b.ask(2, series(2, 2, whole=False, proved=True)))] == [1, 1]
+
+
+def test_a_refusal_for_good_is_not_repeated() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2)))
+    failed = of(d.FailInstance, b.step(d.MoveFinished(move.move, error=PeerRefused("main", "C-MOVE status 0xA801"))))
+    assert len(failed) == 2
+    assert "0xA801" in failed[0].error.context
+    assert of(d.StartMove, b.sleep(60.0)) == []
+
+
+def test_a_refused_list_is_tried_one_by_one_but_not_to_its_end() -> None:
+    b = Bench(limit=1)
+    refused = PeerRefused("main", "C-MOVE status 0xA801")
+    (move,) = of(d.StartMove, b.ask(1, series(1, 50, whole=False, proved=True)))
+    assert of(d.FailInstance, b.step(d.MoveFinished(move.move, error=refused))) == []
+    (single,) = of(d.StartMove, b.sleep(1.0))
+    assert len(single.instances) == 1
+    failed = of(d.FailInstance, b.step(d.MoveFinished(single.move, error=refused)))
+    assert len(failed) == 50
+    assert b.scheduler.waiting == 0
+
+
+def test_busy_narrows_the_window_and_grows_it_again() -> None:
+    b = Bench(limit=4)
+    moves = of(d.StartMove, b.ask(1, *(series(n, 1) for n in range(1, 9))))
+    assert len(moves) == 4
+    busy = PeerBusy("main", "association rejected (2/3/2)")
+    for move in moves[2:]:
+        assert of(d.StartMove, b.step(d.MoveFinished(move.move, error=busy))) == []
+    done: set[str] = set()
+    most, running = 0, {move.move: move for move in moves[:2]}
+    for _ in range(40):
+        started = of(d.StartMove, b.sleep(1.0))
+        for move in list(running.values())[:1]:
+            del running[move.move]
+            done |= {each.want.sop_instance_uid for each in of(d.CompleteInstance, b.arrive(move.instances[0]))}
+            started += of(d.StartMove, b.step(d.MoveFinished(move.move, 0, 1)))
+        running |= {move.move: move for move in started}
+        most = max(most, len(running))
+    assert len(done) == 8
+    assert 2 <= most <= 4
+
+
+def test_out_of_resources_without_an_instance_is_busy() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1, proved=True)))
+    assert of(d.FailInstance, b.step(d.MoveFinished(move.move, 0xA702))) == []
+    (move,) = of(d.StartMove, b.sleep(1.0))
+    b.step(d.SyntaxesRefused("main", {CT: (JPEG,)}))
+    b.step(d.MoveFinished(move.move, 0xA702))
+    (failed,) = of(d.FailInstance, b.sleep(1.0))
+    assert JPEG in failed.error.context
+
+
+def test_always_busy_ends_as_busy() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    for _ in range(100):
+        out = b.step(d.MoveFinished(move.move, error=PeerBusy("main", "2/3/2")))
+        if failed := of(d.FailInstance, out):
+            break
+        while not (started := of(d.StartMove, b.sleep(1.0))):
+            pass
+        (move,) = started
+    assert isinstance(failed[0].error, RepositoryBusy)
+    assert b.now < 160
+
+
+def test_dead_pacs_fails_the_whole_queue_once_its_chances_are_gone() -> None:
+    b = Bench(limit=1)
+    running = of(d.StartMove, b.ask(1, *(series(n, 1) for n in range(1, 20))))
+    failed = 0
+    while b.scheduler.waiting:
+        out = b.sleep(0.1)
+        for move in running:
+            out += b.step(d.MoveFinished(move.move, error=ConnectFailed("main", "refused")))
+        running = of(d.StartMove, out)
+        failed += len(of(d.FailInstance, out))
+        assert b.now < 110
+    assert failed == 19
+
+
+def test_no_progress_cancels_and_fails_also_what_waits_behind_a_silent_pacs() -> None:
+    b = Bench(limit=1)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2), series(2, 2)))
+    b.arrive("1.4.1.1")
+    b.sleep(30)
+    out = b.sleep(30)
+    assert [each.move for each in of(d.CancelMove, out)] == [move.move]
+    assert len(of(d.FailInstance, out)) == 3
+    assert "60 s" in of(d.FailInstance, out)[0].error.context
+    assert b.step(d.MoveFinished(move.move, 0xFE00)) == []
+
+
+def test_pending_responses_are_no_progress_but_spare_the_queue() -> None:
+    b = Bench(limit=1)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1), series(2, 1)))
+    for _ in range(59):
+        b.step(d.MoveResponded(move.move), 1.0)
+    out = b.sleep(1.0)
+    assert len(of(d.CancelMove, out)) == 1
+    assert [each.want.series_instance_uid for each in of(d.FailInstance, out)] == ["1.3.1"]
+    assert len(of(d.StartMove, b.step(d.MoveFinished(move.move, 0xFE00)))) == 1
+
+
+def test_bytes_are_progress() -> None:
+    b = Bench()
+    b.ask(1, series(1, 1))
+    b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
+    for _ in range(10):
+        assert of(d.CancelMove, b.step(d.BytesArrived(1), 50.0)) == []
+
+
+def test_different_lists_wait_for_each_other_and_nothing_overtakes() -> None:
+    b = Bench(limit=4)
+    (first,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    assert b.scheduler.accepted_syntaxes("main") == (EXPLICIT,)
+    assert of(d.StartMove, b.ask(2, series(2, 1), accept=(JPEG, EXPLICIT))) == []
+    assert of(d.StartMove, b.ask(3, series(3, 1))) == []
+    b.arrive("1.4.1.1")
+    (second,) = of(d.StartMove, b.step(d.MoveFinished(first.move, 0, 1)))
+    assert second.accept == b.scheduler.accepted_syntaxes("main") == (JPEG, EXPLICIT)
+    assert b.scheduler.accepted_syntaxes(None) == (JPEG, EXPLICIT)
+
+
+def test_an_arrival_serves_every_list_that_names_its_syntax() -> None:
+    b = Bench()
+    b.ask(1, series(1, 1))
+    b.ask(2, series(1, 1), accept=(JPEG, EXPLICIT))
+    b.ask(3, series(1, 1), accept=(JPEG,))
+    assert [each.request for each in of(d.CompleteInstance, b.arrive("1.4.1.1"))] == [1, 2]
+
+
+def test_syntax_that_is_not_listed_is_refused_and_told_without_another_attempt() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    assert of(d.RefuseStore, b.arrive("1.4.1.1", syntax=JPEG)) != []
+    b.step(d.MoveFinished(move.move, 0xB000, 0))
+    (failed,) = of(d.FailInstance, b.sleep(1.0))
+    assert JPEG in failed.error.context
+
+
+def test_refused_contexts_explain_what_does_not_come() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1, proved=True)))
+    b.step(d.SyntaxesRefused("main", {CT: (JPEG,)}))
+    b.step(d.MoveFinished(move.move, 0xB000, 0))
+    (failed,) = of(d.FailInstance, b.sleep(1.0))
+    assert JPEG in failed.error.context
+
+
+def test_refused_context_of_a_class_that_came_otherwise_explains_nothing_at_first() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2, proved=True)))
+    b.step(d.SyntaxesRefused("main", {CT: (JPEG,)}))
+    b.arrive("1.4.1.1")
+    b.step(d.MoveFinished(move.move, 0xB000, 1))
+    b.sleep(1.0)
+    assert len(of(d.StartMove, b.sleep(1.0))) == 1
+
+
+def test_no_room_fails_at_once() -> None:
+    b = Bench()
+    b.ask(1, series(1, 1))
+    b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
+    (failed,) = of(d.FailInstance, b.step(d.StoreBroken(1, "the spool has no room", no_room=True)))
+    assert isinstance(failed.error, RepositoryOutOfResources)
+
+
+def test_admission() -> None:
+    b = Bench(max_waiting=3)
+    (failed,) = of(d.FailInstance, b.ask(1, series(1, 1), room=10))
+    assert isinstance(failed.error, RepositoryOutOfResources)
+    b.ask(2, series(2, 3))
+    (failed,) = of(d.FailInstance, b.ask(3, series(3, 1)))
+    assert isinstance(failed.error, RepositoryBusy)
+    assert failed.error.location == "1.4.3.1"
+
+
+def test_two_claims_to_one_instance_are_verified() -> None:
+    b = Bench()
+    mine, yours = Want("1.2", "1.3.1", "1.4.1", "1.9"), Want("1.2", "1.3.2", "1.4.1", "1.9")
+    b.ask(1, SeriesFetch("main", "1.2", "1.3.1", (mine,), 1), SeriesFetch("main", "1.2", "1.3.2", (yours,), 1))
+    (accept,) = of(d.AcceptStore, b.step(d.StoreOffered(1, "main", CT, "1.4.1", EXPLICIT)))
+    assert accept.verify
+    out = b.step(d.InstanceArrived(1, "1.2", "1.3.2"))
+    assert [each.want for each in of(d.CompleteInstance, out)] == [yours]
+    assert [each.want for each in of(d.FailInstance, out)] == [mine]
+
+
+def test_spooled_and_unwanted_is_dropped_unknown_is_refused() -> None:
+    b = Bench()
+    assert b.step(d.StoreOffered(1, "main", CT, "1.4.9", EXPLICIT, is_spooled=True)) == [d.DropStore(1)]
+    assert len(of(d.RefuseStore, b.step(d.StoreOffered(2, "main", CT, "1.4.9", EXPLICIT)))) == 1
+
+
+def test_sender_with_the_identity_of_another_pacs_still_counts() -> None:
+    b = Bench()
+    b.ask(1, series(1, 2))
+    assert len(of(d.CompleteInstance, b.arrive("1.4.1.1", pacs="other"))) == 1
+    assert len(of(d.CompleteInstance, b.arrive("1.4.1.2", pacs=None))) == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Under random load
+# --------------------------------------------------------------------------------------------------------------------
+
+BEHAVIOURS = ("good", "good", "drops", "empty", "aborts", "busy", "away", "silent", "refuses", "late", "foreign_syntax")
+
+
+@dataclass
+class Running:
+    decision: d.StartMove
+    is_over: bool = False
+    is_cancelled: bool = False
+
+
+class Simulation:
+    """PACSs in virtual time that behave at random; checks every decision as it comes."""
+
+    def __init__(self, seed: int, limits: dict[str, int]) -> None:
+        self.random = random.Random(seed)
+        self.limits = limits
+        self.scheduler = Scheduler(limits, stall_timeout=30.0, randomness=random.Random(seed), uid_list_limit=3)
+        self.now = 0.0
+        self.agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self.numbers = itertools.count(1)
+        self.ledgers: dict[int, Ledger] = {}
+        self.running: dict[int, Running] = {}
+        self.queries: Counter[str] = Counter()
+        self.asked_queries: dict[int, str] = {}
+        self.ended: set[str] = set()
+        self.wake = 0
+
+    def at(self, delay: float, action: Callable[[], None]) -> None:
+        heapq.heappush(self.agenda, (self.now + delay, next(self.numbers), action))
+
+    def step(self, event: d.Event) -> list[d.Decision]:
+        out = self.scheduler.step(event, self.now)
+        for decision in out:
+            self.perform(decision)
+        return out
+
+    def perform(self, decision: d.Decision) -> None:
+        match decision:
+            case d.StartMove(pacs=pacs):
+                assert decision.instances
+                active = [r.decision for r in self.running.values() if r.decision.pacs == pacs]
+                assert len(active) + self.queries[pacs] < self.limits[pacs]
+                assert {each.accept for each in active} <= {decision.accept}
+                for other in self.running.values():  # one fetch per instance, as long as somebody waits for it
+                    if other.decision.pacs == pacs and not other.is_cancelled:
+                        assert not set(other.decision.instances) & set(decision.instances) - self.ended
+                self.running[decision.move] = Running(decision)
+                self.behave(self.running[decision.move])
+            case d.CancelMove(move=move):
+                self.running[move].is_cancelled = True
+                self.at(0.5, lambda: self.finish(move, d.MoveFinished(move, 0xFE00)))
+            case d.StartQuery(query=query):
+                self.start_query(query, self.asked_queries[query], None)
+            case d.CheckSeries(query=query, pacs=pacs, series_instance_uid=uid):
+                number = uid.rsplit(".", 1)[1]
+                present = {f"1.4.{number}.{n}": CT for n in range(1, 7)}
+                self.start_query(query, pacs, self.random.choice([None, present]))
+            case d.BeginInstance(request=request, want=want):
+                self.ledgers[request].begin(want)
+            case d.LoseInstance(request=request, want=want):
+                self.ledgers[request].lose(want)
+            case d.CompleteInstance(request=request, want=want):
+                self.ended.add(want.sop_instance_uid)
+                self.ledgers[request].hold(want, size=1, transfer_syntax_uid=EXPLICIT)
+            case d.FailInstance(request=request, want=want, error=error):
+                self.ended.add(want.sop_instance_uid)
+                self.ledgers[request].fail(want, error)
+            case d.WakeAt(time=time):
+                assert time >= self.now
+                self.wake += 1
+                wake = self.wake
+                self.at(time - self.now, lambda: self.step(d.Woke()) and None if wake == self.wake else None)
+
+    def start_query(self, query: int, pacs: str, present: dict[str, str] | None) -> None:
+        active = sum(r.decision.pacs == pacs for r in self.running.values())
+        assert active + self.queries[pacs] < self.limits[pacs]
+        self.queries[pacs] += 1
+
+        def end() -> None:
+            self.queries[pacs] -= 1
+            self.step(d.QueryFinished(query, pacs, present))
+
+        self.at(self.random.uniform(0.01, 2), end)
+
+    def finish(self, move: int, event: d.MoveFinished) -> None:
+        running = self.running.pop(move, None)
+        if running is not None:
+            running.is_over = True
+            self.step(event)
+
+    def behave(self, running: Running) -> None:
+        move = running.decision.move
+        how = self.random.choice(BEHAVIOURS)
+        pacs = running.decision.pacs
+        match how:
+            case "busy":
+                self.at(0.1, lambda: self.finish(move, d.MoveFinished(move, error=PeerBusy(pacs, "2/3/2"))))
+                return
+            case "away":
+                self.at(0.2, lambda: self.finish(move, d.MoveFinished(move, error=ConnectFailed(pacs, "refused"))))
+                return
+            case "refuses":
+                self.at(0.1, lambda: self.finish(move, d.MoveFinished(move, error=PeerRefused(pacs, "0xA801"))))
+                return
+            case "silent":
+                return
+            case "empty":
+                self.at(0.1, lambda: self.finish(move, d.MoveFinished(move, 0, 0)))
+                return
+        when = 0.0
+        sent = list(running.decision.instances)
+        if how in ("drops", "aborts"):
+            sent = [uid for uid in sent if self.random.random() < 0.6]
+        if how == "late":
+            self.at(0.05, lambda: self.finish(move, d.MoveFinished(move, 0, len(sent))))
+        for uid in sent:
+            when += self.random.uniform(0.0, 0.3)
+            syntax = JPEG if how == "foreign_syntax" else EXPLICIT
+            self.at(when, lambda uid=uid, syntax=syntax: self.send(running, uid, syntax, is_late=how == "late"))
+        status = None if how == "aborts" else 0
+        self.at(when + 0.5, lambda: self.finish(move, d.MoveFinished(move, status, len(sent))))
+
+    def send(self, running: Running, uid: str, syntax: str, *, is_late: bool) -> None:
+        if running.is_over and not is_late:
+            return
+        store = next(self.numbers)
+        pacs = self.random.choice([running.decision.pacs, running.decision.pacs, None])
+        out = self.step(d.StoreOffered(store, pacs, CT, uid, syntax))
+        if not of(d.AcceptStore, out):
+            return
+        broken = self.random.random() < 0.1
+        end: d.Event = d.StoreBroken(store, "aborted") if broken else d.InstanceArrived(store)
+        self.at(self.random.uniform(0.0, 0.4), lambda: self.step(end) and None)
+
+    def ask(self, request: int, fetches: tuple[SeriesFetch, ...], accept: tuple[str, ...]) -> None:
+        self.ledgers[request] = Ledger(want for fetch in fetches for want in fetch.wants)
+        self.step(d.Asked(request, fetches, accept, ROOM))
+
+    def ask_query(self, query: int, pacs: str) -> None:
+        self.asked_queries[query] = pacs
+        self.step(d.QueryAsked(query, pacs))
+
+    def run(self, until: float) -> None:
+        while self.agenda:
+            time, _, action = heapq.heappop(self.agenda)
+            assert time <= until, "something starves"
+            self.now = max(self.now, time)
+            action()
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    limits=st.fixed_dictionaries({"main": st.integers(1, 4), "other": st.integers(1, 3)}),
+    requests=st.lists(
+        st.tuples(
+            st.floats(0, 20),
+            st.lists(
+                st.tuples(st.integers(1, 6), st.integers(1, 6), st.booleans(), st.sampled_from(["main", "other"])),
+                min_size=1,
+                max_size=4,
+                unique_by=lambda each: (each[0], each[3]),
+            ),
+            st.sampled_from([(EXPLICIT,), (JPEG, EXPLICIT), (EXPLICIT,)]),
+            st.none() | st.floats(0, 20),
+            st.booleans(),
+        ),
+        max_size=8,
+    ),
+)
+@hypothesis_settings(max_examples=150, deadline=None)
+def test_every_want_ends_and_no_limit_is_passed(
+    seed: int, limits: dict[str, int], requests: list[tuple[float, list[Any], tuple[str, ...], float | None, bool]]
+) -> None:
+    simulation = Simulation(seed, limits)
+    withdrawn = set()
+    for request, (start, items, accept, leaves, queries) in enumerate(requests, 1):
+        fetches = tuple(
+            series(number, count, pacs=pacs, whole=whole and count == 6) for number, count, whole, pacs in items
+        )
+        if queries:
+            simulation.at(start, lambda q=request, pacs=items[0][3]: simulation.ask_query(q, pacs))
+        simulation.at(start, lambda r=request, f=fetches, a=accept: simulation.ask(r, f, a))
+        if leaves is not None:
+            withdrawn.add(request)
+            simulation.at(start + leaves, lambda r=request: simulation.step(d.Withdrawn(r)) and None)
+    simulation.run(until=3600.0)
+    assert simulation.scheduler.waiting == 0
+    assert simulation.scheduler.active_moves == 0
+    assert not simulation.running
+    for request, ledger in simulation.ledgers.items():
+        assert ledger.complete or request in withdrawn
+
+
+def test_a_thousand_instances_cost_a_thousand_small_steps() -> None:
+    """No step looks at everything that waits."""
+    import time
+
+    b = Bench(limit=4)
+    b.ask(1, *(series(n, 100) for n in range(1, 101)))
+    uids = [f"1.4.{n}.{i}" for n in range(1, 101) for i in range(1, 101)]
+    started = time.perf_counter()
+    for uid in uids:
+        assert b.arrive(uid)
+    assert time.perf_counter() - started < 5.0
+    assert b.scheduler.waiting == 0
+
+
+@pytest.mark.parametrize("event", [d.InstanceArrived(1), d.StoreBroken(1, "")])
+def test_unknown_numbers_are_defects(event: d.Event) -> None:
+    with pytest.raises(KeyError):
+        Bench().step(event)

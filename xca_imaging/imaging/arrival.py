@@ -1,0 +1,151 @@
+"""Instances on their way in: from the Storage SCP into the spool, and word of it to the scheduler.
+
+References
+----------
+* DICOM PS3.4, B.2.3 (C-STORE status)
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pydicom
+
+from xca_imaging.errors import SpoolFull
+from xca_imaging.imaging.decisions import BytesArrived, InstanceArrived, StoreBroken
+from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
+from xca_imaging.imaging.store_scp import Incoming, StoreRequest
+
+SUCCESS = 0x0000
+OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
+
+_HEADER_LIMIT = 1 << 20
+"""Bytes of an arrived object that are read for its Study and Series Instance UID. Groups 0008 and 0010 come before
+them; icons and private data come after."""
+
+
+class Dropped:
+    """An instance that we own already: received, answered with Success, forgotten."""
+
+    def write(self, data: memoryview) -> None:
+        """Forget it."""
+
+    def commit(self) -> int:
+        """Success: it is owned, from before."""
+        return SUCCESS
+
+    def discard(self, reason: str) -> None:
+        """Nothing to drop."""
+
+
+class Arrival:
+    """A wanted instance on its way into the spool.
+
+    Parameters
+    ----------
+    number : int
+        Of the store, in what is told.
+    tell : callable
+        Takes BytesArrived, InstanceArrived and StoreBroken; called on the event loop's thread.
+    tell_every : float
+        Seconds between two BytesArrived: one for each fragment would cost more than its write.
+    verify : callable, optional
+        Called with this arrival once its file is whole, instead of telling that it arrived; who is called reads the
+        header and calls `settle`.
+    """
+
+    # Mutable state: the writer, the spooled instance after `commit`, when progress was told last, and whether it is
+    # over (committed or broken).
+    __slots__ = ("_is_over", "_tell", "_tell_every", "_told_at", "_verify", "_writer", "instance", "number")
+
+    def __init__(
+        self,
+        number: int,
+        tell: Callable[[BytesArrived | InstanceArrived | StoreBroken], None],
+        *,
+        tell_every: float,
+        verify: Callable[[Arrival], None] | None = None,
+    ) -> None:
+        self.number = number
+        self.instance: SpooledInstance | None = None
+        self._tell, self._tell_every, self._verify = tell, tell_every, verify
+        self._writer: SpoolWriter | None = None
+        self._told_at = time.monotonic()
+        self._is_over = False
+
+    def open(self, spool: Spool, request: StoreRequest) -> Incoming | int:
+        """Begin its file; return itself, or the DIMSE status when there is no room."""
+        try:
+            self._writer = spool.create(
+                sop_class_uid=request.sop_class_uid,
+                sop_instance_uid=request.sop_instance_uid,
+                transfer_syntax_uid=request.transfer_syntax_uid,
+                source_ae_title=request.association.calling_ae_title,
+            )
+        except (SpoolFull, OSError) as exc:
+            self._break(str(exc), no_room=True)
+            return OUT_OF_RESOURCES
+        return self
+
+    def write(self, data: memoryview) -> None:
+        """Append to the file."""
+        assert self._writer is not None
+        try:
+            self._writer.write(data)
+        except (SpoolFull, OSError) as exc:
+            self._break(str(exc), no_room=True)
+            raise
+        now = time.monotonic()
+        if now - self._told_at >= self._tell_every:
+            self._told_at = now
+            self._tell(BytesArrived(self.number))
+
+    def commit(self) -> int:
+        """Own it: spooled whole, and told to who waits for it."""
+        assert self._writer is not None
+        try:
+            self.instance = self._writer.commit()
+        except (SpoolFull, OSError) as exc:
+            self._break(str(exc), no_room=True)
+            return OUT_OF_RESOURCES
+        self._is_over = True
+        if self._verify is not None:
+            self.instance.hold()  # until `settle`
+            self._verify(self)
+        else:
+            self._tell(InstanceArrived(self.number))
+        return SUCCESS
+
+    def discard(self, reason: str) -> None:
+        """Leave nothing of it behind."""
+        self._break(reason, no_room=False)
+
+    def settle(self, place: tuple[str, str] | Exception) -> None:
+        """Tell that it arrived, after its study and series were read, or why they could not be."""
+        assert self.instance is not None
+        if isinstance(place, Exception):
+            self._tell(StoreBroken(self.number, f"its header cannot be read: {place}"))
+        else:
+            self._tell(InstanceArrived(self.number, *place))
+        self.instance.release()
+
+    def _break(self, reason: str, *, no_room: bool) -> None:
+        if self._is_over:
+            return
+        self._is_over = True
+        if self._writer is not None:
+            self._writer.discard()
+        self._tell(StoreBroken(self.number, reason, no_room))
+
+
+def read_place(path: Path) -> tuple[str, str]:
+    """Return Study and Series Instance UID of a Part 10 file, from its first part only. Blocks."""
+    with open(path, "rb") as file:
+        head = io.BytesIO(file.read(_HEADER_LIMIT))
+    dataset = pydicom.dcmread(
+        head, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"], force=False
+    )
+    return str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)
