@@ -93,7 +93,7 @@ def test_threads_end_after_use_and_after_an_exception() -> None:
             own = {established, established.dul}
         assert not any(thread.is_alive() for thread in own)
         with (
-            pytest.raises(ZeroDivisionError),
+            pytest.raises(ZeroDivisionError),  # noqa: PT012 - the body raises after it has looked
             association.associate(
                 pacs_at(port), calling_ae_title="XCAI", contexts=[uids.VERIFICATION_SOP_CLASS]
             ) as established,
@@ -113,7 +113,7 @@ def test_refused_connection_names_host_and_cause() -> None:
 
 def test_unknown_host_is_a_failed_connection() -> None:
     pacs = pacs_at(104).model_copy(update={"host": "pacs.invalid"})
-    with pytest.raises(ConnectFailed, match="pacs.invalid"):
+    with pytest.raises(ConnectFailed, match=r"pacs\.invalid"):
         association.echo(pacs, calling_ae_title="XCAI")
 
 
@@ -159,11 +159,13 @@ def test_no_accepted_context_is_refused_with_its_name() -> None:
 def test_silence_is_a_timeout() -> None:
     stop = threading.Event()
     with raw_peer(lambda connection: stop.wait(5) and None) as port:
-        with pytest.raises(PeerTimeout, match="0.2 s"):
-            with association.associate(
+        with (
+            pytest.raises(PeerTimeout, match=r"0\.2 s"),
+            association.associate(
                 pacs_at(port), calling_ae_title="XCAI", contexts=[uids.VERIFICATION_SOP_CLASS], connect_timeout=0.2
-            ):
-                pass
+            ),
+        ):
+            pass
         stop.set()
 
 
@@ -186,6 +188,8 @@ def test_garbage_and_nul_padded_answers_do_not_crash() -> None:
     body = struct.pack(">HH", 1, 0) + bytes(16) + bytes(16) + bytes(32)
     answer = struct.pack(">BBL", 2, 0, len(body)) + body
     for pdu in (answer, b"HTTP/1.1 400 Bad Request\r\n\r\n", b"\x02\x00\xff\xff\xff\xff"):
-        with raw_peer(lambda connection, pdu=pdu: connection.sendall(pdu)) as port:
-            with pytest.raises((ConnectFailed, PeerRefused)):
-                association.echo(pacs_at(port), calling_ae_title="XCAI")
+        with (
+            raw_peer(lambda connection, pdu=pdu: connection.sendall(pdu)) as port,
+            pytest.raises((ConnectFailed, PeerRefused)),
+        ):
+            association.echo(pacs_at(port), calling_ae_title="XCAI")
