@@ -92,8 +92,8 @@ def test_threads_end_after_use_and_after_an_exception() -> None:
         ) as established:
             own = {established, established.dul}
         assert not any(thread.is_alive() for thread in own)
-        with (
-            pytest.raises(ZeroDivisionError),  # noqa: PT012 - the body raises after it has looked
+        with (  # noqa: PT012 - the body raises after it has looked
+            pytest.raises(ZeroDivisionError),
             association.associate(
                 pacs_at(port), calling_ae_title="XCAI", contexts=[uids.VERIFICATION_SOP_CLASS]
             ) as established,

@@ -92,7 +92,7 @@ def test_file_is_part_10_and_the_data_set_is_untouched(spool: Spool) -> None:
         assert stream.read() == instance.path.read_bytes()
 
 
-@given(st.from_regex(r"\A[0-9.]{1,64}\Z"), st.from_regex(r"\A[A-Z ]{0,16}\Z"))
+@given(st.from_regex(r"\A[1-9][0-9]{0,9}(\.[1-9][0-9]{0,9}){0,4}\Z"), st.from_regex(r"\A[A-Z ]{0,16}\Z"))
 def test_file_meta_is_what_pydicom_reads(uid: str, ae_title: str) -> None:
     from io import BytesIO
 

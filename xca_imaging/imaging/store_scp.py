@@ -514,6 +514,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._layer.contexts = frozenset(negotiation.accepted)
         answer = answer_request(request, negotiation, max_pdu_length=self._limits.max_pdu)
         self._layer.perform(Event.EVT7, answer.encode())
+        self._watch()  # from now on it is the stall time-out that counts
         if negotiation.refused:
             self._receiver.syntaxes_refused(peer, negotiation.refused)
 
