@@ -9,13 +9,13 @@ import socket
 import ssl
 import struct
 import subprocess
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -546,18 +546,18 @@ async def test_status_of_commit_is_the_answer(receiver: ScriptedReceiver) -> Non
 
 
 @pytest.mark.parametrize(
-    ("request_", "status"),
+    ("uid", "sop_class", "status"),
     [
-        (store_rq("../../etc/passwd"), 0x0117),
-        (store_rq("1." * 40), 0x0117),
-        (store_rq(""), 0x0117),
-        (store_rq("1.2", "not a class"), 0x0118),
+        ("../../etc/passwd", CT, 0x0117),
+        ("1." * 40, CT, 0x0117),
+        ("", CT, 0x0117),
+        ("1.2", "not a class", 0x0118),
     ],
 )
-async def test_uids_that_are_none(receiver: ScriptedReceiver, request_: bytes, status: int) -> None:
+async def test_uids_that_are_none(receiver: ScriptedReceiver, uid: str, sop_class: str, status: int) -> None:
     async with serving(receiver) as scp, connected(scp) as peer:
         await peer.associate()
-        peer.send(request_, data())
+        peer.send(store_rq(uid, sop_class), data())
         assert (await peer.read()).status == status
     assert receiver.begun == []
 
@@ -650,10 +650,18 @@ async def test_hostile_bytes_are_answered_with_abort(receiver: ScriptedReceiver,
     assert len(receiver.discarded) == len(receiver.begun)
 
 
-@pytest.mark.parametrize("sent", [data(), b"GET / HTTP/1.0\r\n\r\n", pdu.ReleaseRQ().encode(), b"\1\0\xff\xff\xff\xff"])
-async def test_anything_but_a_request_for_association(receiver: ScriptedReceiver, sent: bytes) -> None:
+NO_REQUEST = {
+    "data": data(),
+    "http": b"GET / HTTP/1.0\r\n\r\n",
+    "release": pdu.ReleaseRQ().encode(),
+    "request_of_4_gb": b"\1\0\xff\xff\xff\xff",
+}
+
+
+@pytest.mark.parametrize("name", NO_REQUEST)
+async def test_anything_but_a_request_for_association(receiver: ScriptedReceiver, name: str) -> None:
     async with serving(receiver) as scp, connected(scp) as peer:
-        peer.send(sent)
+        peer.send(NO_REQUEST[name])
         assert await peer.read() == pdu.Abort(0)
         await assert_alive(scp)
 
@@ -769,11 +777,16 @@ async def test_peer_that_never_reads_its_answers_is_not_buffered_for(receiver: S
             raw.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_sendall(raw, associate_rq().encode())
-            with contextlib.suppress(TimeoutError, ConnectionError):
-                async with asyncio.timeout(DEADLINE):
-                    while not receiver.closed:  # as fast as it is taken, which at some point it is not
-                        await loop.sock_sendall(raw, echo_rq() * 500)
+
+            async def ask() -> None:
+                while True:  # as fast as it is taken, which at some point it is not
+                    await loop.sock_sendall(raw, echo_rq() * 500)
+
+            asking = asyncio.create_task(ask())
             await until(lambda: receiver.closed)
+            asking.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ConnectionError):
+                await asking
     assert "nothing moved" in receiver.closed[0][1]
 
 
@@ -830,7 +843,30 @@ async def test_spool_keeps_nothing_of_a_broken_object(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_written_file_is_read_back_from_bytes() -> None:
-    stream = BytesIO()
-    dcmwrite(stream, instance(), enforce_file_format=True)
-    assert stream.getvalue().endswith(encoded(instance()))
+ON_BOTH_LOOPS = (
+    test_artim_closes_who_never_asks,
+    test_artim_closes_who_stays_after_release,
+    test_close_aborts_who_does_not_end,
+    test_close_lets_a_running_object_end,
+    test_contexts_are_answered_one_by_one,
+    test_more_associations_than_allowed_are_a_transient_rejection,
+    test_pause_stops_reading_and_the_stall_clock,
+    test_peer_that_aborts_or_vanishes_in_mid_object,
+    test_peer_that_never_reads_its_answers_is_not_buffered_for,
+    test_peer_that_releases_in_mid_object,
+    test_pipelined_and_bytewise_requests_are_answered_in_order,
+    test_refused_instance_is_drained_and_the_next_one_taken,
+)
+
+
+@pytest.mark.parametrize("scenario", ON_BOTH_LOOPS, ids=lambda each: each.__name__.removeprefix("test_"))
+def test_the_same_on_uvloop(scenario: Callable[[ScriptedReceiver], Coroutine[Any, Any, None]]) -> None:
+    """A node runs on uvloop where there is one, whose transports close, pause and buffer in their own way."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(scenario(ScriptedReceiver()))
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_bytes_on_uvloop(name: str) -> None:
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(test_hostile_bytes_are_answered_with_abort(ScriptedReceiver(), name))

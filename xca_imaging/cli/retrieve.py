@@ -30,7 +30,7 @@ def configure(sub: argparse.ArgumentParser) -> None:
     what.add_argument("--document", type=uid, metavar="UID", help="a manifest by its uniqueId, with --repository")
     what.add_argument("--study", type=uid, metavar="UID", help="the registered manifests of a study")
     what.add_argument("--patient", type=patient_identifier, metavar="'ID^^^&OID&ISO'", help="all of a patient")
-    sub.add_argument("--repository", type=uid, default="", metavar="UID", help="RepositoryUniqueId of --document")
+    sub.add_argument("--repository", type=uid, metavar="UID", help="RepositoryUniqueId of --document")
     sub.add_argument("--home", default="", metavar="HOME_ID", help="community that has it; default: this node's")
     sub.add_argument(
         "--transfer-syntax",
