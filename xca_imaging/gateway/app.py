@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TypeVar
+from xml.sax.saxutils import escape
 
 from aiohttp import web
 
@@ -176,7 +177,7 @@ class Node:
             if "wsdl" not in {key.lower() for key in request.query}:
                 raise web.HTTPMethodNotAllowed("GET", ["POST"], text="SOAP 1.2 over POST; the WSDL is at ?wsdl\n")
             scheme = "https" if self._settings.http.tls else "http"
-            address = f"{scheme}://{request.host}{request.path}"
+            address = escape(f"{scheme}://{request.host}{request.path}", {'"': "&quot;"})
             return web.Response(text=text.replace(_WSDL_ADDRESS, address), content_type="text/xml", charset="utf-8")
 
         return wsdl
