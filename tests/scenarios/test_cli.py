@@ -382,19 +382,21 @@ def test_a_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
         check=False,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
-    serving = subprocess.Popen(
-        [*program, "serve", "--config", str(config)],
-        stdout=subprocess.PIPE,
-        stderr=(site / "log").open("wb"),
-        text=True,
-        cwd=site,
-        env=env,
-    )
+    log = site / "serve.log"
+    with log.open("wb") as stream:
+        serving = subprocess.Popen(
+            [*program, "serve", "--config", str(config)],
+            stdout=subprocess.PIPE,
+            stderr=stream,
+            text=True,
+            cwd=site,
+            env=env,
+        )
     try:
         assert serving.stdout is not None
         line = serving.stdout.readline()
         match = READY.fullmatch(line.strip())
-        assert match, (site / "log").read_text()
+        assert match, log.read_text()
         base = f"http://127.0.0.1:{match['http']}"
         for path in ("registry", "repository", "imaging-source", "responding-gateway", "responding-imaging-gateway"):
             answer = requests.get(f"{base}/services/{path}?wsdl", timeout=10)

@@ -119,6 +119,16 @@ def test_only_a_listed_transfer_syntax_is_delivered(holding: Holding) -> None:
         assert {images.transfer_syntax(each.content) for each in documents.values()} == set(listed)
 
 
+def test_what_was_decoded_for_one_request_does_not_serve_another(holding: Holding, tmp_path: Path) -> None:
+    """rad69-rad75.md section 2: stored in a listed syntax, sent as is, whoever asked for something else before."""
+    study = images.jpeg_lossless(tmp_path, 1)
+    holding.pacs.upload(study.paths)
+    reference = holding.as_sent(study)
+    decoded = rad69(holding.node, study.instances, transfer_syntaxes=[soap_client.EXPLICIT_LE])
+    assert set(decoded.documents) == study.uids
+    check_images(rad69(holding.node, study.instances), study.instances, reference, home="")
+
+
 def test_what_cannot_be_delivered_in_a_listed_syntax_is_an_error_for_that_document(holding: Holding) -> None:
     """Orthanc without a codec cannot turn JPEG 2000 or JPEG-LS into anything: the others come, these are named."""
     study = holding.studies["compressed"]
