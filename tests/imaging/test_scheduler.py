@@ -343,12 +343,29 @@ def test_different_lists_wait_for_each_other_and_nothing_overtakes() -> None:
     assert b.scheduler.accepted_syntaxes(None) == (JPEG, EXPLICIT)
 
 
-def test_an_arrival_serves_every_list_that_names_its_syntax() -> None:
+def test_an_arrival_serves_shorter_lists_that_name_its_syntax() -> None:
     b = Bench()
-    b.ask(1, series(1, 1))
-    b.ask(2, series(1, 1), accept=(JPEG, EXPLICIT))
+    b.ask(1, series(1, 1), accept=(JPEG, EXPLICIT))
+    b.ask(2, series(1, 1), accept=(EXPLICIT,))
     b.ask(3, series(1, 1), accept=(JPEG,))
     assert [each.request for each in of(d.CompleteInstance, b.arrive("1.4.1.1"))] == [1, 2]
+
+
+def test_an_arrival_does_not_serve_a_longer_list() -> None:
+    # It may have been decoded for want of the syntax that only the longer list names.
+    b = Bench()
+    b.ask(1, series(1, 1), accept=(EXPLICIT,))
+    b.ask(2, series(1, 1), accept=(JPEG, EXPLICIT))
+    assert [each.request for each in of(d.CompleteInstance, b.arrive("1.4.1.1"))] == [1]
+
+
+def test_what_a_full_spool_kept_out_is_not_asked_again() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2)))
+    b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
+    (refused,) = of(d.FailInstance, b.step(d.StoreBroken(1, "the spool has no room", no_room=True)))
+    (other,) = of(d.FailInstance, b.step(d.MoveFinished(move.move, 0xC000, 0)))
+    assert refused.error.code == other.error.code == "XDSRepositoryOutOfResources"
 
 
 def test_syntax_that_is_not_listed_is_refused_and_told_without_another_attempt() -> None:

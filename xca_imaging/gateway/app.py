@@ -36,6 +36,7 @@ from xca_imaging.settings import Settings
 log = logging.getLogger(__name__)
 
 _DATABASE_THREADS = 4  # SQLite has one writer; a few readers beside it
+_ANSWER_TIMEOUT = 1.0  # s for clients to take the answers that a drain has made
 _EXPIRE_EVERY = 5.0  # s between looks for spooled instances whose retention has passed
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ class Node:
         self._resources = AsyncExitStack()
         self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
+        self._running = 0  # requests that are being answered
+        self._idle = asyncio.Event()
         self.http_address = ("", 0)
         self.dicom_address = ("", 0)
 
@@ -118,7 +121,6 @@ class Node:
         self.dicom_address = scp.sockets[0]
         transfers.listener = self.dicom_address
         await transfers.start()
-        resources.push_async_callback(transfers.close, 0.0)
 
         documents = DocumentActors(registry, repository, executor)
         source = ImagingDocumentSource(transfers, metrics)
@@ -133,6 +135,7 @@ class Node:
         _watch(metrics, spool, scp)
         application = self._application(Exchange(spool, limits, metrics), services, metrics, registry, spool)
         await self._listen(application, https, resources)
+        resources.push_async_callback(self._drain, transfers)
         listeners.write(settings, self.http_address, self.dicom_address)
         resources.callback(listeners.remove, settings)
 
@@ -148,7 +151,7 @@ class Node:
         wsdl = data_folder("wsdl")
         for name, operations in services.items():
             by_action = {operation.transaction.request_action: operation for operation in operations}
-            application.router.add_post(f"/services/{name}", _soap_handler(exchange, by_action))
+            application.router.add_post(f"/services/{name}", self._soap_handler(exchange, by_action))
             application.router.add_get(f"/services/{name}", self._wsdl_handler(wsdl / f"{name}.wsdl"))
         for schema in wsdl.glob("*.xsd"):
             # The WSDLs import their schemas by relative location, so they lie beside the services.
@@ -169,6 +172,31 @@ class Node:
         application.router.add_get("/health/ready", ready)
         application.router.add_get("/metrics", exposition)
         return application
+
+    def _soap_handler(self, exchange: Exchange, operations: Mapping[str, Operation]) -> Handler:
+        async def soap(request: web.Request) -> web.StreamResponse:
+            self._running += 1
+            try:
+                return await exchange.handle(request, operations)
+            finally:
+                self._running -= 1
+                if not self._running:
+                    self._idle.set()
+
+        return soap
+
+    async def _drain(self, transfers: Transfers) -> None:
+        """Let running requests end within `node.drain_timeout`; those that do not are answered with what there is."""
+        assert self._server is not None
+        self._server.close()
+        if self._running:
+            self._idle.clear()
+            try:
+                async with asyncio.timeout(self._settings.node.drain_timeout):
+                    await self._idle.wait()
+            except TimeoutError:
+                log.warning("%d requests did not end in time", self._running)
+        await transfers.close(0.0)
 
     def _wsdl_handler(self, file: Path) -> Handler:
         text = file.read_text(encoding="utf-8")
@@ -192,7 +220,7 @@ class Node:
             application,
             handler_cancellation=True,
             keepalive_timeout=limits.header_timeout,
-            shutdown_timeout=settings.node.drain_timeout,
+            shutdown_timeout=_ANSWER_TIMEOUT,
             access_log=None,
             auto_decompress=False,
         )
@@ -205,7 +233,7 @@ class Node:
             return server() if len(server.connections) < limits.http_connections else _TooManyConnections()
 
         loop = asyncio.get_running_loop()
-        listening = await _bind(
+        self._server = await _bind(
             settings,
             "http",
             settings.http.host,
@@ -219,8 +247,8 @@ class Node:
                 backlog=512,
             ),
         )
-        resources.callback(listening.close)
-        self.http_address = listening.sockets[0].getsockname()[:2]
+        resources.callback(self._server.close)
+        self.http_address = self._server.sockets[0].getsockname()[:2]
 
 
 class _TooManyConnections(asyncio.Protocol):
@@ -246,13 +274,6 @@ def _make_folder(settings: Settings, folder: Path) -> None:
     except OSError as exc:
         problem = f"{folder} cannot be made: {exc.strerror}"
         raise ConfigurationError(str(settings.file), "node.data_dir", problem, "choose a writable folder") from exc
-
-
-def _soap_handler(exchange: Exchange, operations: Mapping[str, Operation]) -> Handler:
-    async def soap(request: web.Request) -> web.StreamResponse:
-        return await exchange.handle(request, operations)
-
-    return soap
 
 
 def _file_handler(file: Path) -> Handler:

@@ -363,6 +363,12 @@ class Scheduler:
         move = self._moves.pop(event.move)
         pacs = move.pacs
         pacs.moves.discard(move)
+        if move.no_room:
+            # A PACS mostly gives the rest of a move up after a C-STORE that was refused. Asking again would only fill
+            # the spool again; who asked may come back later.
+            for fetch in tuple(move.fetches):
+                if not fetch.arriving:
+                    self._fail(fetch, RepositoryOutOfResources(move.no_room))
         fetches = list(move.fetches)
         if event.error is not None:
             self._finish_in_error(move, fetches, event.error, now)
@@ -566,15 +572,20 @@ class Scheduler:
                 DropStore(event.store) if event.is_spooled else RefuseStore(event.store, "nobody waits for it")
             )
             return
-        fetches = [fetch for fetch in wanted if event.transfer_syntax_uid in fetch.accept]
+        # Who waits with a longer list waits for a move of their own: the PACS may have decoded this one for want of it.
+        negotiated = frozenset(self.accepted_syntaxes(event.pacs) or ())
+        asked = [fetch for fetch in wanted if negotiated.issuperset(fetch.accept)] or wanted
+        fetches = [fetch for fetch in asked if event.transfer_syntax_uid in fetch.accept]
         if not fetches:
-            for fetch in wanted:
+            for fetch in asked:
                 fetch.syntax_error = _no_listed_syntax((event.transfer_syntax_uid,))
             self._out.append(RefuseStore(event.store, f"transfer syntax {event.transfer_syntax_uid} is not wanted"))
             return
         claims = {(fetch.study, fetch.series) for fetch in wanted}
         verify = len(claims) > 1 or any(fetch.verify for fetch in fetches)
-        store = Store(event.pacs, event.sop_class_uid, event.sop_instance_uid, event.transfer_syntax_uid, fetches)
+        store = Store(
+            event.pacs, event.sop_class_uid, event.sop_instance_uid, event.transfer_syntax_uid, fetches, negotiated
+        )
         self._stores[event.store] = store
         self._out.append(AcceptStore(event.store, verify))
         for fetch in fetches:
@@ -599,8 +610,9 @@ class Scheduler:
         claims = {read} if any(read) else {(fetch.study, fetch.series) for fetch in store.fetches}
         for fetch in tuple(self._wanted_by(store.uid, store.pacs)):
             if (fetch.study, fetch.series) in claims:
-                # Also for those who asked meanwhile, and with another list that names this syntax.
-                if store.syntax in fetch.accept:
+                # Also for those who asked meanwhile.
+                is_asked = fetch in store.fetches or store.negotiated.issuperset(fetch.accept)
+                if is_asked and store.syntax in fetch.accept:
                     if fetch.move is not None:
                         fetch.move.arrived += 1
                         fetch.move.sop_classes.add(store.sop_class)
@@ -616,6 +628,8 @@ class Scheduler:
                 continue
             fetch.arriving -= 1
             if event.no_room:
+                if fetch.move is not None:
+                    fetch.move.no_room = event.reason
                 self._fail(fetch, RepositoryOutOfResources(event.reason))
             elif fetch.arriving == 0:
                 for request, wants in fetch.waiters.items():

@@ -83,8 +83,9 @@ class Transfer:
 
     # Mutable state: the ledger, held instances, the log of what happened, and an event for each who waits for more.
 
-    def __init__(self, wants: Iterable[Want]) -> None:
+    def __init__(self, wants: Iterable[Want], accept: tuple[str, ...]) -> None:
         self.ledger = Ledger(wants)
+        self.accept = accept
         self._held: dict[Want, SpooledInstance] = {}
         self._log: list[Arrived | Failed] = []
         self._changed = asyncio.Event()
@@ -166,8 +167,9 @@ class Transfers:
     """
 
     # Mutable state: the scheduler; transfers, stores, moves (their cancellation) and queries (their slot) by number;
-    # `_shared`: queries that several requests wait for; `_series_of`: where held instances belong, by SOP Instance
-    # UID, oldest first; `_peers`: which PACS an association comes from; `_tasks`: what runs in the background.
+    # `_shared`: queries that several requests wait for; `_series_of`: where held instances belong and which transfer
+    # syntaxes were accepted when they came, by SOP Instance UID, oldest first; `_peers`: which PACS an association
+    # comes from; `_tasks`: what runs in the background.
 
     def __init__(
         self,
@@ -214,7 +216,7 @@ class Transfers:
         self._moves: dict[int, threading.Event] = {}
         self._queries: dict[int, asyncio.Future[None]] = {}
         self._shared: dict[tuple[str, ...], asyncio.Task[Any]] = {}
-        self._series_of: dict[str, tuple[str, str, str]] = {}
+        self._series_of: dict[str, tuple[tuple[str, str, str], frozenset[str]]] = {}
         self._peers: dict[int, str | None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._answer: d.AcceptStore | d.DropStore | d.RefuseStore | None = None
@@ -254,10 +256,12 @@ class Transfers:
     async def close(self, drain: float) -> None:
         """Let running transfers end for at most `drain` seconds, fail the rest, end every move."""
         self._closing = True
-        running = [asyncio.ensure_future(each.wait()) for each in self._transfers.values()]
+        # Taken now: a request that goes away while it is waited for takes its transfer with it, unfinished.
+        transfers = tuple(self._transfers.items())
+        running = [asyncio.ensure_future(each.wait()) for _, each in transfers]
         if running:
             _, late = await asyncio.wait(running, timeout=drain)
-            for number, transfer in tuple(self._transfers.items()):
+            for number, transfer in transfers:
                 transfer._fail_open(RepositoryBusy("this imaging source is going down"))
                 self._step(d.Withdrawn(number))
             await asyncio.gather(*late)
@@ -300,10 +304,10 @@ class Transfers:
 
         What arrives is held until the context is left. Leaving it early gives up what nobody else waits for.
         """
-        transfer = Transfer(wants)
+        transfer = Transfer(wants, tuple(dict.fromkeys(accept)))
         number = next(self._numbers)
         self._transfers[number] = transfer
-        task = self._spawn(self._prepare(number, transfer, tuple(dict.fromkeys(accept)), asker, priority))
+        task = self._spawn(self._prepare(number, transfer, transfer.accept, asker, priority))
         try:
             yield transfer
         finally:
@@ -345,7 +349,10 @@ class Transfers:
             place = (fetch.pacs, fetch.study_instance_uid, fetch.series_instance_uid)
             for want in fetch.wants:
                 instance = None
-                if self._series_of.get(want.sop_instance_uid) == place:
+                known, negotiated = self._series_of.get(want.sop_instance_uid, (None, frozenset()))
+                # A PACS may have decoded it because a shorter list left it no choice; with this list it would send it
+                # as it is stored. Only a list that names nothing more can have nothing better.
+                if known == place and negotiated.issuperset(accept):
                     instance = self._spool.find(want.sop_instance_uid, accept)
                 if instance is not None:
                     transfer._hold(want, instance, attempts=0)
@@ -455,7 +462,7 @@ class Transfers:
                     instance = self._stores[store].instance
                     assert instance is not None
                     transfer._hold(want, instance, attempts)
-                    self._remember(want)
+                    self._remember(want, transfer.accept)
             case d.FailInstance(request, want, error, attempts):
                 if transfer := self._transfers.get(request):
                     transfer._fail(want, error, attempts)
@@ -476,13 +483,10 @@ class Transfers:
                     self._timer.cancel()
                 self._timer = self._loop.call_at(time, self._step, d.Woke())
 
-    def _remember(self, want: Want) -> None:
+    def _remember(self, want: Want, accept: tuple[str, ...]) -> None:
         self._series_of.pop(want.sop_instance_uid, None)
-        self._series_of[want.sop_instance_uid] = (
-            self._routes[want.repository_unique_id],
-            want.study_instance_uid,
-            want.series_instance_uid,
-        )
+        place = (self._routes[want.repository_unique_id], want.study_instance_uid, want.series_instance_uid)
+        self._series_of[want.sop_instance_uid] = place, frozenset(accept)
         if len(self._series_of) > self._memory_of_series:
             del self._series_of[next(iter(self._series_of))]
 

@@ -109,6 +109,7 @@ class Move:
     sop_classes: set[str] = field(default_factory=set)  # of what arrived
     refused: dict[str, tuple[str, ...]] = field(default_factory=dict)  # SOP class -> syntaxes we did not accept
     is_cancelled: bool = False
+    no_room: str = ""  # why an instance of it could not be spooled
 
 
 @dataclass(slots=True, eq=False)
@@ -176,3 +177,4 @@ class Store:
     uid: str
     syntax: str
     fetches: list[Fetch]
+    negotiated: frozenset[str]  # transfer syntaxes that the PACS could choose from
