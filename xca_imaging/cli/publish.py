@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Mapping
 from datetime import date, datetime
 from functools import partial
@@ -12,7 +13,7 @@ from rich.table import Table
 
 from xca_imaging import settings as settings_module
 from xca_imaging.cli.options import add_config, patient_identifier, run_loop, uid
-from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, RegistryError
+from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, PeerError, RegistryError
 from xca_imaging.gateway import listeners
 from xca_imaging.gateway.peers import Endpoint, SoapClient
 from xca_imaging.gateway.publishing import Published, Selection, publish
@@ -26,6 +27,9 @@ from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.document_set import DocumentRequest
 from xca_imaging.transactions.registry_response import RegistryResponse
 from xca_imaging.uids import OID_PREFIX
+
+
+log = logging.getLogger(__name__)
 
 
 def configure(sub: argparse.ArgumentParser) -> None:
@@ -69,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
 async def publish_all(settings: Settings, selection: Selection, patient_id: str | None = None) -> list[Published]:
     """Publish what fits from every PACS, and say what became of each study.
 
-    A study that one PACS does not have is refused only when none has it.
+    A study that one PACS does not have is refused only when none has it; a PACS that cannot be asked does not keep
+    the others back.
 
     Raises
     ------
@@ -84,19 +89,27 @@ async def publish_all(settings: Settings, selection: Selection, patient_id: str 
     dicom_tls = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
     https = tls.client_context(settings, settings.http.tls, "http.tls")
     results: list[Published] = []
+    unreachable: list[PeerError] = []
     async with SoapClient(tls=https) as client:
         for pacs in settings.pacs:
-            results += await publish(
-                pacs,
-                selection,
-                finder=Finder(pacs, settings.dicom.ae_title, dicom_tls),
-                repository=_Repository(settings, client),
-                profile=load_profile(settings),
-                source_id=settings.node.home_community_id.removeprefix(OID_PREFIX),
-                patient_id=identifier,
-            )
-    found = [each for each in results if each.instances or each.outcome != "refused"]
-    return found or results[:1] if selection.study_instance_uid else results
+            try:
+                results += await publish(
+                    pacs,
+                    selection,
+                    finder=Finder(pacs, settings.dicom.ae_title, dicom_tls),
+                    repository=_Repository(settings, client),
+                    profile=load_profile(settings),
+                    source_id=settings.node.home_community_id.removeprefix(OID_PREFIX),
+                    patient_id=identifier,
+                )
+            except PeerError as exc:
+                unreachable.append(exc)
+                log.warning("not asked: %s", exc)
+    if not results and unreachable:
+        raise unreachable[0]
+    # Which PACS has the study is not the operator's question, unless none of them published it.
+    published = [each for each in results if each.outcome != "refused"]
+    return published if selection.study_instance_uid and published else results
 
 
 class _Repository:

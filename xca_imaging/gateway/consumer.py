@@ -10,6 +10,7 @@ References
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import logging
 import os
@@ -253,7 +254,8 @@ class Consumer:
         facts = ManifestFacts(
             document_unique_id, hashlib.sha256(content).hexdigest(), home_community_id, repository_unique_id
         )
-        return FoundManifest(manifest_module.read(content), facts)
+        # A hostile manifest costs seconds to read: not on the event loop.
+        return FoundManifest(await asyncio.to_thread(manifest_module.read, content), facts)
 
     async def retrieve(
         self,

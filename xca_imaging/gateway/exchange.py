@@ -16,6 +16,7 @@ References
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import os
 import secrets
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 _KEEP_ALIVE_AFTER = 5.0
 _KEEP_ALIVE_EVERY = 5.0
 _CHUNK = 256 * 1024  # bytes read from a spool file at a time: one of them is in memory per answer
+_SMALL_ROOT = 256 * 1024  # bytes that are parsed on the event loop: some 5 ms
+_LARGE_ROOTS = 2  # parsed at a time: the worst that the limits let pass costs 500 MB as a tree
 _MAX_ATTACHMENTS = 10_000  # parts of one request: a submission of so many documents is past any seen
 
 
@@ -129,6 +132,7 @@ class Exchange:
 
     def __init__(self, spool: Spool, limits: Limits, metrics: Metrics) -> None:
         self._spool, self._limits, self._metrics = spool, limits, metrics
+        self._large_roots = asyncio.Semaphore(_LARGE_ROOTS)
 
     async def handle(self, request: web.Request, operations: Mapping[str, Operation]) -> web.StreamResponse:
         """Answer one HTTP request at an endpoint that does `operations`, by action."""
@@ -179,7 +183,7 @@ class Exchange:
                 for event in events:
                     match event:
                         case mtom.Root(data=data, charset=charset):
-                            self._open(data, charset, operations, message)
+                            await self._open(data, charset, operations, message)
                         case mtom.AttachmentStart(content_id=content_id):
                             part_id = content_id
                             if message.operation is None or message.operation.takes_attachments:
@@ -203,9 +207,17 @@ class Exchange:
         if message.operation is None:
             raise RemoteProtocolError("the message has no SOAP part")
 
-    def _open(self, data: bytes, charset: str | None, operations: Mapping[str, Operation], message: _Message) -> None:
+    async def _open(
+        self, data: bytes, charset: str | None, operations: Mapping[str, Operation], message: _Message
+    ) -> None:
         """Read the SOAP part as soon as it is there: a message that nobody wants ends before its attachments."""
-        envelope = soap.read_envelope(xml.parse(data, charset=charset))
+        if len(data) <= _SMALL_ROOT:
+            root = xml.parse(data, charset=charset)
+        else:
+            async with self._large_roots:
+                parse = functools.partial(xml.parse, data, charset=charset, max_bytes=self._limits.root_part)
+                root = await asyncio.get_running_loop().run_in_executor(None, parse)
+        envelope = soap.read_envelope(root)
         message.message_id = addressing.peek_message_id(envelope)
         properties = addressing.read_request(envelope)
         operation = operations.get(properties.action)
