@@ -42,7 +42,7 @@ conformance: $(READY)
 	$(BIN)/python -m conformance $(CONFORMANCE)
 
 bench: $(READY)
-	$(BIN)/python -m tests.bench $(BENCH)
+	$(BIN)/python -m tests.bench
 
 PEERS := orthanc orthanc-dicomweb dcmtk gsoap xmlsec1 postgresql
 peers:

@@ -28,7 +28,6 @@ from xca_imaging.transactions.document_set import DocumentRequest
 from xca_imaging.transactions.registry_response import RegistryResponse
 from xca_imaging.uids import OID_PREFIX
 
-
 log = logging.getLogger(__name__)
 
 

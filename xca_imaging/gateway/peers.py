@@ -197,7 +197,8 @@ class SoapClient:
                 for event in reader.close() if ended else reader.receive(chunk):
                     match event:
                         case mtom.Root(data=data, charset=charset):
-                            reply = _open_answer(endpoint, response, xml.parse(data, charset=charset))
+                            root = xml.parse(data, charset=charset, max_bytes=_MAX_ROOT)
+                            reply = _open_answer(endpoint, response, root)
                             on_body(reply.body)
                         case mtom.AttachmentStart(content_id=content_id, content_type=part_type):
                             open_sink = sinks[content_id] = sink_factory(content_id, part_type)
