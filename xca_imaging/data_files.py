@@ -1,4 +1,4 @@
-"""Where the data folders (`profiles/`, `wsdl/`) are: in a checkout beside the package, installed below `sys.prefix`.
+"""Where the data folders (`profiles/`, `wsdl/`) are: in a checkout beside the package, else where it was installed.
 
 The wheel carries them as data files under `share/xca-imaging/`, so that an installed node runs outside a checkout.
 """
@@ -6,12 +6,12 @@ The wheel carries them as data files under `share/xca-imaging/`, so that an inst
 from __future__ import annotations
 
 import sys
-import sysconfig
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from xca_imaging.errors import ConfigurationError
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_PARENT = Path(__file__).resolve().parent.parent
 
 
 def data_folder(name: str) -> Path:
@@ -25,9 +25,9 @@ def data_folder(name: str) -> Path:
     ConfigurationError
         The folder is nowhere: the installation is damaged.
     """
-    candidates = [Path(base) / "share" / "xca-imaging" / name for base in _data_bases()]
-    if (_CHECKOUT / "setup.cfg").is_file():
-        candidates.insert(0, _CHECKOUT / name)
+    candidates = [base / "share" / "xca-imaging" / name for base in _data_bases()]
+    if (_PARENT / "setup.cfg").is_file():
+        candidates.insert(0, _PARENT / name)
     for folder in candidates:
         if folder.is_dir():
             return folder
@@ -35,9 +35,16 @@ def data_folder(name: str) -> Path:
     raise ConfigurationError(tried, "", f"the data folder {name!r} is missing", "install the package again")
 
 
-def _data_bases() -> list[str]:
-    """`sys.prefix` first; a `pip install --user` puts data files below the user's base instead."""
-    bases = [sys.prefix, sysconfig.get_path("data")]
-    if "posix_user" in sysconfig.get_scheme_names():
-        bases.append(sysconfig.get_path("data", "posix_user"))
-    return list(dict.fromkeys(bases))
+def _data_bases() -> list[Path]:
+    """Return where the installed distribution put its data files, as it recorded them: below `sys.prefix`, the user's
+    base; beside the package after `pip install --target`, whose record is wrong about it."""
+    try:
+        recorded = distribution("xca-imaging").files or []
+    except PackageNotFoundError:
+        recorded = []
+    found = {
+        Path(str(file.locate())).resolve().parents[3]
+        for file in recorded
+        if file.parts[-4:-2] == ("share", "xca-imaging")
+    }
+    return [*found, Path(sys.prefix), _PARENT]
