@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-import sysconfig
 from datetime import UTC
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydicom.sr import _concepts_dict
@@ -125,12 +125,15 @@ def test_unknown_file(tmp_path: Path) -> None:
 
 
 def test_data_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Outside a checkout the folders are below `sys.prefix`, where the wheel puts its data files."""
+    """Outside a checkout the folders are below `sys.prefix`, or beside the package after `pip install --target`."""
     installed = tmp_path / "share" / "xca-imaging" / "profiles"
     installed.mkdir(parents=True)
-    monkeypatch.setattr(data_files, "_CHECKOUT", tmp_path / "site-packages")
+    monkeypatch.setattr(data_files, "_PARENT", tmp_path / "site-packages")
+    monkeypatch.setattr(data_files, "distribution", lambda name: SimpleNamespace(files=[]))
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     assert data_folder("profiles") == installed
-    monkeypatch.setattr(sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(data_files, "_PARENT", tmp_path)
+    assert data_folder("profiles") == installed
     with pytest.raises(ConfigurationError, match="wsdl"):
         data_folder("wsdl")

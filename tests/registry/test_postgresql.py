@@ -25,7 +25,7 @@ from xca_imaging.registry import Registry
 from xca_imaging.registry.database import Database
 from xca_imaging.registry.tables import Base
 
-pytestmark = pytest.mark.peer
+pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 # SQLite's query plans.
 _NOT_HERE = {

@@ -215,6 +215,7 @@ def test_a_wrong_configuration_does_not_serve(tmp_path: Path) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_sigterm_lets_a_running_transfer_end(tmp_path: Path) -> None:
     study = images.big_ct(tmp_path / "study", 16)
     node = Node(tmp_path / "node", {"node": {"drain_timeout": "30s"}})
@@ -239,6 +240,7 @@ def test_sigterm_lets_a_running_transfer_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_sigterm_does_not_wait_longer_than_drain_timeout(tmp_path: Path) -> None:
     study = images.big_ct(tmp_path / "study", 16)
     node = Node(tmp_path / "node", {"node": {"drain_timeout": "2s"}})
@@ -262,6 +264,7 @@ def test_sigterm_does_not_wait_longer_than_drain_timeout(tmp_path: Path) -> None
             assert time.monotonic() - started < 10
 
 
+@pytest.mark.slow
 def test_what_was_registered_survives_a_restart(tmp_path: Path) -> None:
     study = images.ct(tmp_path / "study", 2)
     node = Node(tmp_path / "node")

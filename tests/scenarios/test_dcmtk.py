@@ -23,7 +23,7 @@ from tests.scenarios.holding import (
 from tests.support import images, peers, soap_client
 from tests.support.node import Node, pacs_section
 
-pytestmark = [pytest.mark.peer, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(180)]
 
 KINDS = ["ct", "mr", "structured_report", "several_series"]
 

@@ -595,6 +595,7 @@ def test_a_slow_header_is_cut_off(holding: Holding) -> None:
     assert time.monotonic() - started < HEADER * 4
 
 
+@pytest.mark.slow
 def test_a_body_that_never_comes_is_cut_off(holding: Holding) -> None:
     """limits.stall_timeout: a peer that sends nothing gets its answer, or the end of the connection, in time.
 
@@ -817,6 +818,7 @@ def _transfer(
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["killed", "frozen", "cut"])
 def test_the_pacs_goes_in_mid_transfer(tmp_path: Path, how: str) -> None:
     """Each missing instance is named, within the no-progress time-out; never a short answer that says Success."""
@@ -849,6 +851,7 @@ def test_the_pacs_goes_in_mid_transfer(tmp_path: Path, how: str) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_retrieve_tells_the_truth_when_the_pacs_dies(tmp_path: Path) -> None:
     with _transfer(tmp_path, hold_after=6_000_000) as scene:
         scene.node.publish(scene.study)
@@ -860,6 +863,7 @@ def test_retrieve_tells_the_truth_when_the_pacs_dies(tmp_path: Path) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_a_pacs_that_is_not_there(tmp_path: Path) -> None:
     study = images.ct(tmp_path / "study", 2)
     nobody = peers.Entity("NOBODY", peers.free_port())
@@ -878,6 +882,7 @@ def test_a_pacs_that_is_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_a_client_that_goes_away_cancels_its_transfer(tmp_path: Path) -> None:
     """25 MB at 2 MB a second: twelve seconds, unless somebody stops it."""
     with _transfer(tmp_path, count=48, rate=2_000_000) as scene:
@@ -901,6 +906,7 @@ def test_a_client_that_goes_away_cancels_its_transfer(tmp_path: Path) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_a_client_that_goes_away_does_not_harm_another_that_waits_for_the_same(tmp_path: Path) -> None:
     """design.md section 3: the last waiter's cancel cancels."""
     with _transfer(tmp_path, count=16, rate=3_000_000) as scene:
@@ -919,6 +925,7 @@ def test_a_client_that_goes_away_does_not_harm_another_that_waits_for_the_same(t
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_a_spool_without_room_refuses_early(tmp_path: Path) -> None:
     """12 MB do not fit into 3 MB: a RegistryError for each, nothing half-written stays, and what fits is served."""
     with _transfer(tmp_path, config={"spool": {"max_bytes": "3MB", "retention": "1s"}}) as scene:

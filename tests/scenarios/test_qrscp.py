@@ -12,7 +12,7 @@ from tests.scenarios.holding import Holding, check_images, check_same_dataset, r
 from tests.support import images, peers, soap_client
 from tests.support.node import Node, pacs_section
 
-pytestmark = [pytest.mark.peer, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(180)]
 
 KINDS = ["ct", "mr", "compressed", "multi_frame", "structured_report"]
 

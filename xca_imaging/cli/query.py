@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from xca_imaging import settings as settings_module
-from xca_imaging.cli.options import add_config, add_endpoints, connect, patient_identifier, run_loop
+from xca_imaging.cli.endpoints import add_endpoints, connect
+from xca_imaging.cli.options import add_config, patient_identifier, run_loop
 from xca_imaging.metadata.model import DocumentEntry
 
 

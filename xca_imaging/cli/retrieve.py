@@ -13,7 +13,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bar
 
 from xca_imaging import settings as settings_module
-from xca_imaging.cli.options import add_config, add_endpoints, connect, patient_identifier, run_loop, uid
+from xca_imaging.cli.endpoints import add_endpoints, connect
+from xca_imaging.cli.options import add_config, patient_identifier, run_loop, uid
 from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, ManifestError
 from xca_imaging.gateway.consumer import ACCEPTED_SYNTAXES, Consumer, FoundManifest, Progress
 from xca_imaging.gateway.receipt import ManifestFacts, Receipt
