@@ -403,6 +403,7 @@ def check(finder: Finder, study: images.Study) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_qrscp(tmp_path: Path) -> None:
     """qrscp answers once for each instance at every level, and tells no SOP Classes."""
     patient = images.new_patient()
@@ -419,6 +420,7 @@ def test_qrscp(tmp_path: Path) -> None:
 
 
 @pytest.mark.peer
+@pytest.mark.slow
 def test_orthanc(tmp_path: Path) -> None:
     studies = [
         images.dicomdir_series(tmp_path / "series"),
