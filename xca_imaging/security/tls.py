@@ -8,7 +8,9 @@ References
 
 from __future__ import annotations
 
+import logging
 import ssl
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +20,10 @@ from cryptography import x509
 
 from xca_imaging.errors import ConfigurationError
 from xca_imaging.settings import Settings, Tls
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY = 2.0  # s between looks at the files
 
 # ITI-19 3.19: the four suites that must be supported, and the ECDSA ones beside them. TLS 1.3 suites are always on.
 _TLS12_SUITES = ":".join(
@@ -35,22 +41,67 @@ _TLS12_SUITES = ":".join(
 def server_context(settings: Settings, tls: Tls | None, key: str) -> ssl.SSLContext | None:
     """Return the context of a listener, which asks every client for its certificate; None without TLS settings.
 
+    Files that change on disk serve the next handshakes, at the latest `_LOOK_EVERY` seconds later. Files that cannot be
+    used then (half of a pair is written) leave the ones before in place.
+
     Raises
     ------
     ConfigurationError
         A file that cannot be used; `key` names the section.
     """
-    return _context(settings, tls, key, ssl.PROTOCOL_TLS_SERVER)
+    if tls is None:
+        return None
+    current = _Current(settings, tls, key)
+    listening = _context(settings, tls, key, ssl.PROTOCOL_TLS_SERVER)
+
+    def switch(connection: ssl.SSLObject, server_name: str | None, context: ssl.SSLContext) -> None:
+        connection.context = current.context()
+
+    # Called in every handshake, with or without a server name (RFC 6066, 3): the one place to change what it uses.
+    listening.sni_callback = switch
+    return listening
 
 
 def client_context(settings: Settings, tls: Tls | None, key: str) -> ssl.SSLContext | None:
     """Return the context of outgoing calls, which presents our certificate and checks the server's name."""
-    return _context(settings, tls, key, ssl.PROTOCOL_TLS_CLIENT)
+    return None if tls is None else _context(settings, tls, key, ssl.PROTOCOL_TLS_CLIENT)
 
 
-def _context(settings: Settings, tls: Tls | None, key: str, protocol: int) -> ssl.SSLContext | None:
-    if tls is None:
-        return None
+class _Current:
+    """The context of the files as they are now."""
+
+    # Mutable state: the context, the files' times that it was made of, and when they were looked at last.
+
+    def __init__(self, settings: Settings, tls: Tls, key: str) -> None:
+        self._settings, self._tls, self._key = settings, tls, key
+        self._files = [settings.path(name) for name in (tls.certificate, tls.private_key, tls.client_ca)]
+        self._times = self._modified()
+        self._context = _context(settings, tls, key, ssl.PROTOCOL_TLS_SERVER)
+        self._looked = time.monotonic()
+
+    def context(self) -> ssl.SSLContext:
+        now = time.monotonic()
+        if now - self._looked >= _LOOK_EVERY:
+            self._looked = now
+            times = self._modified()
+            if times != self._times:
+                self._reload(times)
+        return self._context
+
+    def _reload(self, times: list[int]) -> None:
+        try:
+            self._context = _context(self._settings, self._tls, self._key, ssl.PROTOCOL_TLS_SERVER)
+        except ConfigurationError as exc:
+            log.warning("changed certificates are not used: %s", exc)
+            return
+        self._times = times
+        log.info("[%s]: certificates loaded again", self._key)
+
+    def _modified(self) -> list[int]:
+        return [file.stat().st_mtime_ns if file.exists() else 0 for file in self._files]
+
+
+def _context(settings: Settings, tls: Tls, key: str, protocol: int) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(_TLS12_SUITES)
