@@ -7,6 +7,8 @@ References
 
 from __future__ import annotations
 
+import re
+
 # --- XML namespaces ---------------------------------------------------------------------------------------------------
 NS_SOAP12 = "http://www.w3.org/2003/05/soap-envelope"  # SOAP 1.2 Part 1, 5.1
 NS_SOAP11 = "http://schemas.xmlsoap.org/soap/envelope/"  # SOAP 1.1, 3
@@ -93,3 +95,15 @@ MIME_DICOM = "application/dicom"  # RFC 3240
 
 OID_PREFIX = "urn:oid:"
 UUID_PREFIX = "urn:uuid:"
+
+UID_LENGTH = 64  # PS3.5 9.1
+_UID = re.compile(r"[0-9]+(\.[0-9]+)+")
+
+
+def is_uid(value: str) -> bool:
+    """Tell whether a value can be a UID (PS3.5 9.1): leading zeros are let pass, as archives do.
+
+    UIDs become file names, query keys and parts of messages: nothing but digits and dots gets past here, no wildcard
+    and no backslash.
+    """
+    return len(value) <= UID_LENGTH and _UID.fullmatch(value) is not None

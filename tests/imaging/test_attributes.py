@@ -8,7 +8,8 @@ import pytest
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 
-from xca_imaging.imaging.attributes import Attributes, is_uid
+from xca_imaging.imaging.attributes import Attributes
+from xca_imaging.uids import is_uid
 
 
 def element(group: int, number: int, vr: str, value: bytes, pad: bytes = b" ") -> bytes:

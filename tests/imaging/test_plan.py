@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from xca_imaging.imaging.ledger import Want
-from xca_imaging.imaging.plan import FetchPlan, StudyIndex, build, is_uid, unclear_series
+from xca_imaging.imaging.plan import FetchPlan, StudyIndex, build, unclear_series
+from xca_imaging.uids import is_uid
 
 ACCEPT = ("1.2.840.10008.1.2.1",)
 ROUTES = {"1.2.9": "main", "1.2.8": "other"}

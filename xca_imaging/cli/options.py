@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
-from xca_imaging.imaging.attributes import is_uid
+from xca_imaging.uids import is_uid
 
 T = TypeVar("T")
 

@@ -35,7 +35,6 @@ from xca_imaging.errors import (
     XcaImagingError,
 )
 from xca_imaging.imaging import manifest as manifests
-from xca_imaging.imaging.attributes import is_uid
 from xca_imaging.imaging.document_entry import describe, escape, same_description, study_reference_id, zone_of
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.imaging.profile import Profile
@@ -317,7 +316,7 @@ def _authority(patient: Patient, pacs: settings.Pacs) -> str:
     """Return the OID of the domain of a departmental patient id, empty where it is not known."""
     if patient.issuer_oid:
         return patient.issuer_oid
-    return patient.issuer if is_uid(patient.issuer) else pacs.assigning_authority
+    return patient.issuer if uids.is_uid(patient.issuer) else pacs.assigning_authority
 
 
 def _own_identifier(patient: Patient, pacs: settings.Pacs) -> Identifier:

@@ -7,12 +7,8 @@ References
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
-from pathlib import Path
-
-import pydicom
 
 from xca_imaging.errors import SpoolFull
 from xca_imaging.imaging.decisions import BytesArrived, InstanceArrived, StoreBroken
@@ -21,10 +17,6 @@ from xca_imaging.imaging.store_scp import Incoming, StoreRequest
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
-
-_HEADER_LIMIT = 1 << 20
-"""Bytes of an arrived object that are read for its Study and Series Instance UID. Groups 0008 and 0010 come before
-them; icons and private data come after."""
 
 
 class Dropped:
@@ -139,13 +131,3 @@ class Arrival:
         if self._writer is not None:
             self._writer.discard()
         self._tell(StoreBroken(self.number, reason, no_room))
-
-
-def read_place(path: Path) -> tuple[str, str]:
-    """Return Study and Series Instance UID of a Part 10 file, from its first part only. Blocks."""
-    with open(path, "rb") as file:
-        head = io.BytesIO(file.read(_HEADER_LIMIT))
-    dataset = pydicom.dcmread(
-        head, stop_before_pixels=True, specific_tags=["StudyInstanceUID", "SeriesInstanceUID"], force=False
-    )
-    return str(dataset.StudyInstanceUID), str(dataset.SeriesInstanceUID)

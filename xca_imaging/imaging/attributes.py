@@ -13,7 +13,6 @@ References
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Iterator
 
 from pydicom.charset import decode_bytes, python_encoding
@@ -25,16 +24,6 @@ from pydicom.sequence import Sequence
 # PS3.5 6.1.2.5.3: the delimiters at which code extensions return to the initial state.
 _DELIMITERS = {0x0A, 0x0C, 0x0D, 0x5C, 0x5E, 0x3D}
 _TEXT = frozenset({"LO", "LT", "PN", "SH", "ST", "UC", "UT"})  # PS3.5 6.2: the VRs that (0008,0005) affects
-
-_UID = re.compile(r"[0-9]+(\.[0-9]+)+", re.ASCII)
-
-
-def is_uid(value: str) -> bool:
-    """Tell whether a value can be a UID (PS3.5 9.1): leading zeros are let pass, as archives do.
-
-    UIDs become file names and parts of messages, so nothing but digits and dots gets past here.
-    """
-    return len(value) <= 64 and _UID.fullmatch(value) is not None
 
 
 class Attributes:

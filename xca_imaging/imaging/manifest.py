@@ -32,7 +32,7 @@ from pydicom.uid import UID
 
 from xca_imaging import uids
 from xca_imaging.errors import ManifestError
-from xca_imaging.imaging.attributes import Attributes, is_uid
+from xca_imaging.imaging.attributes import Attributes
 from xca_imaging.imaging.study import (
     ImagingRequest,
     Patient,
@@ -490,7 +490,7 @@ def _studies(ds: Attributes, warnings: list[str]) -> tuple[StudyReference, ...]:
 
 def _uid(ds: Attributes, keyword: str, where: str) -> str:
     value = ds.text(keyword)
-    if not is_uid(value):
+    if not uids.is_uid(value):
         # Leaving the item out would make a short list that looks complete.
         raise ManifestError(f"{where} has no usable {keyword}: {value!r}" if value else f"{where} has no {keyword}")
     return value

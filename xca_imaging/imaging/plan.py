@@ -12,17 +12,12 @@ References
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from xca_imaging.errors import DocumentUniqueIdError, RegistryError, RepositoryError, UnknownRepositoryId
 from xca_imaging.imaging.ledger import Want
-
-# PS3.5 9.1, without its rule against leading zeros: archives hold such UIDs. Wildcards and backslashes, which would
-# widen a C-MOVE to what nobody asked for, never pass.
-_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
-_UID_LENGTH = 64
+from xca_imaging.uids import UID_LENGTH, is_uid
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,11 +126,6 @@ def unclear_series(plan: FetchPlan, facts: Facts) -> list[tuple[str, str, str]]:
     ]
 
 
-def is_uid(value: str) -> bool:
-    """Tell whether a value is a UID that may go into an identifier."""
-    return len(value) <= _UID_LENGTH and _UID.fullmatch(value) is not None
-
-
 def _refuse(want: Want, accept: Sequence[str], routes: Mapping[str, str]) -> RegistryError | None:
     location = want.sop_instance_uid
     for name, value in (
@@ -146,14 +136,14 @@ def _refuse(want: Want, accept: Sequence[str], routes: Mapping[str, str]) -> Reg
         if not value:
             return RepositoryError(f"{name} is empty", location)
         if not is_uid(value):
-            return DocumentUniqueIdError(f"{name} {value[:_UID_LENGTH]!r} is not a UID (DICOM PS3.5 9.1)", location)
+            return DocumentUniqueIdError(f"{name} {value[:UID_LENGTH]!r} is not a UID (DICOM PS3.5 9.1)", location)
     if want.repository_unique_id not in routes:
         return UnknownRepositoryId(f"no imaging source with RepositoryUniqueId {want.repository_unique_id!r}", location)
     if not accept:
         return RepositoryError("TransferSyntaxUIDList is empty", location)
     for syntax in accept:
         if not is_uid(syntax):
-            text = f"TransferSyntaxUIDList holds {syntax[:_UID_LENGTH]!r}, which is not a transfer syntax UID"
+            text = f"TransferSyntaxUIDList holds {syntax[:UID_LENGTH]!r}, which is not a transfer syntax UID"
             return RepositoryError(text, location)
     return None
 

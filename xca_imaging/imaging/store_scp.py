@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import socket
 import ssl as ssl_module
 from collections.abc import Mapping, Sequence
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from xca_imaging.errors import DicomProtocolError, SpoolFull
+from xca_imaging.uids import is_uid
 from xca_imaging.wire import dimse, pdu
 from xca_imaging.wire.upper_layer import Event, Role, State, UpperLayer, answer_request, check_request, negotiate
 
@@ -34,9 +34,6 @@ RECEIVE_BUFFER = 256 * 1024
 SOCKET_BUFFER = 1024 * 1024
 """SO_RCVBUF: a sender is not stopped while one write to the disk takes its time; times the number of associations,
 this is what peers can make the kernel hold."""
-
-_UID = re.compile(r"[0-9]+(?:\.[0-9]+)*")  # PS3.5 9.1, leading zeros tolerated; its length is checked apart
-_MAX_UID_LENGTH = 64
 
 _GRACE = 1.0
 """Seconds that a peer gets to read an A-ABORT when the node goes down."""
@@ -542,9 +539,9 @@ class _Connection(asyncio.BufferedProtocol):
     def _begin_store(self, command: dimse.CStoreRequest) -> None:
         if not command.has_data_set:
             self._status = dimse.STATUS_CANNOT_UNDERSTAND
-        elif not _is_uid(command.affected_sop_instance_uid):
+        elif not is_uid(command.affected_sop_instance_uid):
             self._status = dimse.STATUS_INVALID_SOP_INSTANCE
-        elif not _is_uid(command.affected_sop_class_uid):
+        elif not is_uid(command.affected_sop_class_uid):
             self._status = dimse.STATUS_NO_SUCH_SOP_CLASS
         else:
             request = StoreRequest(
@@ -622,7 +619,3 @@ class _Connection(asyncio.BufferedProtocol):
         incoming, self._incoming = self._incoming, None
         if incoming is not None:
             incoming.discard(reason)
-
-
-def _is_uid(text: str) -> bool:
-    return len(text) <= _MAX_UID_LENGTH and _UID.fullmatch(text) is not None

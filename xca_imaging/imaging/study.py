@@ -14,8 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
-from xca_imaging.imaging.attributes import Attributes, is_uid
+from xca_imaging.imaging.attributes import Attributes
 from xca_imaging.metadata.model import Code
+from xca_imaging.uids import is_uid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

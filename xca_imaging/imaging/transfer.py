@@ -36,11 +36,12 @@ from xca_imaging.errors import (
     XcaImagingError,
 )
 from xca_imaging.imaging import decisions as d
-from xca_imaging.imaging.arrival import Arrival, Dropped, read_place
+from xca_imaging.imaging.arrival import Arrival, Dropped
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult
 from xca_imaging.imaging.backends.cfind import Finder
 from xca_imaging.imaging.backends.cmove import CMove
 from xca_imaging.imaging.ledger import Ledger, State, Want
+from xca_imaging.imaging.part10 import Part10Error, identify
 from xca_imaging.imaging.plan import FetchPlan, StudyIndex, build, unclear_series
 from xca_imaging.imaging.scheduler import Scheduler
 from xca_imaging.imaging.spool import Spool, SpooledInstance
@@ -596,11 +597,11 @@ class Transfers:
         async def read() -> None:
             assert arrival.instance is not None
             try:
-                place = await self._loop.run_in_executor(self._executor, read_place, arrival.instance.path)
-            except Exception as exc:  # whatever pydicom raises for an object that it cannot read
+                found = await self._loop.run_in_executor(self._executor, identify, arrival.instance.path)
+            except (Part10Error, OSError) as exc:
                 arrival.settle(exc)
             else:
-                arrival.settle(place)
+                arrival.settle((found.study_instance_uid, found.series_instance_uid))
 
         self._spawn(read())
 

@@ -71,7 +71,7 @@ class GetDocuments:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GetAll:
-    """GetAll (3.18.4.1.2.3.7.4): everything of one patient, with the associations between what is returned."""
+    """GetAll (3.18.4.1.2.3.7.4): everything of one patient, with every association from or to what is returned."""
 
     patient_id: str
     document_status: tuple[str, ...]

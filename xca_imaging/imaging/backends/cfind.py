@@ -36,7 +36,7 @@ from xca_imaging.errors import (
     PeerRefused,
     PeerTimeout,
 )
-from xca_imaging.imaging.attributes import Attributes, is_uid
+from xca_imaging.imaging.attributes import Attributes
 from xca_imaging.imaging.backends.association import associate
 from xca_imaging.imaging.backends.sop_classes import learn_from_images
 from xca_imaging.imaging.study import (
@@ -50,6 +50,7 @@ from xca_imaging.imaging.study import (
     read_series,
     read_study,
 )
+from xca_imaging.uids import is_uid
 
 if TYPE_CHECKING:
     from pynetdicom.association import Association

@@ -27,7 +27,7 @@ from pynetdicom.presentation import AllStoragePresentationContexts
 
 from xca_imaging import settings, uids
 from xca_imaging.errors import ConnectFailed, PeerError, PeerProtocolError, PeerRefused, PeerTimeout
-from xca_imaging.imaging.attributes import Attributes, is_uid
+from xca_imaging.imaging.attributes import Attributes
 
 if TYPE_CHECKING:
     from pynetdicom.association import Association
@@ -222,7 +222,7 @@ class _Round:
 
     def _stored(self, event: Event) -> int:
         uid, sop_class = str(event.request.AffectedSOPInstanceUID), str(event.request.AffectedSOPClassUID)
-        if is_uid(uid) and is_uid(sop_class):
+        if uids.is_uid(uid) and uids.is_uid(sop_class):
             self.learnt.sop_class_uids[uid] = sop_class
             if self.series not in self.learnt.headers:
                 dataset: Dataset = event.dataset

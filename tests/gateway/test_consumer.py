@@ -1,0 +1,227 @@
+"""The Imaging Document Consumer against gateways that leave out, mix up or break off."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pydicom
+import pytest
+from pydicom.data import get_testdata_file
+
+from xca_imaging import errors, settings, uids
+from xca_imaging.gateway.consumer import Consumer, FoundManifest, Routes
+from xca_imaging.gateway.peers import PartSink
+from xca_imaging.gateway.receipt import ManifestFacts, Receipt
+from xca_imaging.imaging.manifest import InstanceReference, Manifest, SeriesReference, StudyReference
+from xca_imaging.imaging.study import Patient
+from xca_imaging.metadata.model import Code
+from xca_imaging.transactions.document_set import DocumentResponse, RetrieveResponse
+from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
+from xca_imaging.transactions.registry_response import RegistryResponse, response_to
+from xca_imaging.wire.mtom import Reference
+
+EAST = "urn:oid:1.2.9"
+LOCATION = "1.2.9.3"
+CONFIGURATION = f"""[node]
+home_community_id = "urn:oid:1.2.3"
+[[community]]
+home_community_id = "{EAST}"
+imaging = "http://127.0.0.1:9/rad75"
+repositories = ["{LOCATION}"]
+"""
+
+
+def image(sop_instance_uid: str = "") -> bytes:
+    path = get_testdata_file("CT_small.dcm", download=False)
+    assert isinstance(path, str)
+    content = Path(path).read_bytes()
+    return content.replace(CT.SOPInstanceUID.encode(), sop_instance_uid.encode()) if sop_instance_uid else content
+
+
+CT = pydicom.dcmread(str(get_testdata_file("CT_small.dcm", download=False)), stop_before_pixels=True)
+FIRST = str(CT.SOPInstanceUID)
+SECOND = FIRST[:-1] + ("1" if FIRST[-1] != "1" else "2")
+
+
+class Gateway:
+    """Answers each RAD-75 with the next of its scripts, and counts."""
+
+    def __init__(self, *scripts: Callable[[Gateway], None]) -> None:
+        self.scripts = list(scripts)
+        self.asked: list[list[str]] = []
+
+    async def retrieve_imaging(
+        self,
+        endpoint: object,
+        request: RetrieveImagingRequest,
+        sink_factory: Callable[[str, str], PartSink],
+        on_response: Callable[[RetrieveResponse], None],
+        *,
+        cross_gateway: bool,
+        message_id: str,
+    ) -> None:
+        assert cross_gateway
+        self.asked.append([document.document_unique_id for _, _, document in request])
+        self.sink_factory, self.on_response = sink_factory, on_response
+        self.scripts.pop(0)(self)
+
+    def answer(self, uids_named: Sequence[str], registry: RegistryResponse | None = None) -> None:
+        documents = tuple(
+            DocumentResponse(EAST, LOCATION, uid, uids.MIME_DICOM, Reference(f"{uid}@x")) for uid in uids_named
+        )
+        self.on_response(RetrieveResponse(registry or response_to(found=1), documents))
+
+    def attach(self, uid: str, content: bytes, *, whole: bool = True) -> None:
+        sink = self.sink_factory(f"{uid}@x", uids.MIME_DICOM)
+        sink.write(memoryview(content))
+        if whole:
+            sink.finish()
+        else:
+            sink.abandon()
+
+
+async def retrieve(tmp_path: Path, *scripts: Callable[[Gateway], None], accept: str = "") -> tuple[Receipt, Gateway]:
+    file = tmp_path / "node.toml"
+    file.write_text(CONFIGURATION)
+    gateway = Gateway(*scripts)
+    series = SeriesReference(
+        series_instance_uid=str(CT.SeriesInstanceUID),
+        retrieve_ae_title="PACS",
+        retrieve_location_uid=LOCATION,
+        instances=tuple(InstanceReference(str(CT.SOPClassUID), uid) for uid in (FIRST, SECOND)),
+    )
+    manifest = Manifest(
+        sop_instance_uid="1.2.9.4",
+        series_instance_uid="1.2.9.5",
+        study_instance_uid=str(CT.StudyInstanceUID),
+        patient=Patient(),
+        title=Code("113030", "DCM"),
+        studies=(StudyReference(str(CT.StudyInstanceUID), (series,)),),
+    )
+    consumer = Consumer(gateway, Routes(settings.load(file), lambda: ""))  # type: ignore[arg-type]
+    receipt = await consumer.retrieve(
+        [FoundManifest(manifest, ManifestFacts("1.2.9.4", "", "", ""))],
+        tmp_path / "out",
+        accept=(accept or uids.EXPLICIT_VR_LITTLE_ENDIAN,),
+    )
+    assert not (tmp_path / "out" / ".incoming").exists()
+    written = {path.stem for path in (tmp_path / "out").rglob("*.dcm")}
+    assert written == {record.sop_instance_uid for record in receipt.instances if record.state == "held"}
+    return receipt, gateway
+
+
+def both(gateway: Gateway) -> None:
+    gateway.answer([FIRST, SECOND])
+    gateway.attach(FIRST, image())
+    gateway.attach(SECOND, image(SECOND))
+
+
+def reasons(receipt: Receipt) -> dict[str, str]:
+    return {record.sop_instance_uid: record.reason for record in receipt.instances if record.state == "failed"}
+
+
+async def test_all_arrive(tmp_path: Path) -> None:
+    receipt, gateway = await retrieve(tmp_path, both)
+    assert receipt.complete
+    assert gateway.asked == [[FIRST, SECOND]]
+    receipt.write(tmp_path / "receipt.json")
+    written = json.loads((tmp_path / "receipt.json").read_text())
+    assert written["complete"] is True
+    assert {entry["source"]["home_community_id"] for entry in written["instances"]} == {EAST}
+
+
+async def test_attachments_before_the_root(tmp_path: Path) -> None:
+    def script(gateway: Gateway) -> None:
+        gateway.attach(FIRST, image())
+        gateway.attach(SECOND, image(SECOND))
+        gateway.answer([FIRST, SECOND])
+
+    assert (await retrieve(tmp_path, script))[0].complete
+
+
+async def test_success_with_one_missing_is_not_complete(tmp_path: Path) -> None:
+    def script(gateway: Gateway) -> None:
+        gateway.answer([FIRST])
+        gateway.attach(FIRST, image())
+
+    receipt, _ = await retrieve(tmp_path, script)
+    assert not receipt.complete
+    assert reasons(receipt) == {SECOND: "never arrived"}
+
+
+@pytest.mark.parametrize("place", ["location", "context"])
+async def test_an_error_is_read_wherever_it_names_the_instance(tmp_path: Path, place: str) -> None:
+    location, context = (SECOND, "gone") if place == "location" else (EAST, f"{SECOND}: gone")
+
+    def script(gateway: Gateway) -> None:
+        gateway.answer([FIRST], response_to([errors.DocumentUniqueIdError(context, location)], found=1))
+        gateway.attach(FIRST, image())
+
+    receipt, _ = await retrieve(tmp_path, script)
+    assert reasons(receipt) == {SECOND: f"XDSDocumentUniqueIdError: {context}"}
+
+
+async def test_an_answer_that_breaks_off_keeps_what_was_whole_and_asks_for_the_rest(tmp_path: Path) -> None:
+    def breaks(gateway: Gateway) -> None:
+        gateway.answer([FIRST, SECOND])
+        gateway.attach(FIRST, image())
+        gateway.attach(SECOND, image(SECOND)[:1000], whole=False)
+        raise errors.PeerProtocolError("East", "the connection was cut")
+
+    def rest(gateway: Gateway) -> None:
+        gateway.answer([SECOND])
+        gateway.attach(SECOND, image(SECOND))
+
+    receipt, gateway = await retrieve(tmp_path, breaks, rest)
+    assert receipt.complete
+    assert gateway.asked == [[FIRST, SECOND], [SECOND]]
+    assert [record.attempts for record in receipt.instances] == [1, 2]
+
+
+async def test_a_peer_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
+    def script(gateway: Gateway) -> None:
+        raise errors.ConnectFailed("East", "refused")
+
+    receipt, gateway = await retrieve(tmp_path, script)
+    assert set(reasons(receipt).values()) == {"East: refused"}
+    assert len(gateway.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (image(), "another instance"),
+        (image(SECOND)[:-10], "ends inside an element"),
+        (b"<html>busy</html>", "not a readable"),
+        (b"", "not a readable"),
+    ],
+)
+async def test_what_is_not_the_instance_is_not_held(tmp_path: Path, content: bytes, reason: str) -> None:
+    def script(gateway: Gateway) -> None:
+        gateway.answer([FIRST, SECOND])
+        gateway.attach(FIRST, image())
+        gateway.attach(SECOND, content)
+
+    receipt, _ = await retrieve(tmp_path, script)
+    assert list(reasons(receipt)) == [SECOND]
+    assert reason in reasons(receipt)[SECOND]
+
+
+async def test_another_transfer_syntax_than_asked_is_not_held(tmp_path: Path) -> None:
+    receipt, _ = await retrieve(tmp_path, both, accept="1.2.840.10008.1.2.4.70")
+    assert all("was not asked for" in reason for reason in reasons(receipt).values())
+    assert len(reasons(receipt)) == 2
+
+
+async def test_what_nobody_asked_for_is_told_and_dropped(tmp_path: Path) -> None:
+    def script(gateway: Gateway) -> None:
+        gateway.answer([FIRST, SECOND, "1.2.99"])
+        gateway.attach(FIRST, image())
+        gateway.attach(SECOND, image(SECOND))
+        gateway.attach("stray", image("1.2.99"))
+
+    receipt, _ = await retrieve(tmp_path, script)
+    assert receipt.complete
+    assert receipt.unexpected == ["1.2.99", "attachment stray@x"]
