@@ -217,6 +217,60 @@ async def test_a_client_that_sends_nothing_more_is_dropped(tmp_path: Path) -> No
         writer.close()
 
 
+async def test_a_client_that_takes_nothing_is_cut_off_and_lets_go(tmp_path: Path) -> None:
+    released = asyncio.Event()
+
+    async def large(asked: object, context: Context) -> Answer:
+        path = tmp_path / "large"
+        with path.open("wb") as file:
+            file.truncate(64 << 20)  # more than any socket buffer
+        context.resources.callback(released.set)
+        document = DocumentResponse(None, "1.2", "1.3", uids.MIME_DICOM, mtom.Reference("a@b"))
+        body = iti43.encode_response(RetrieveResponse(response_to(found=1), (document,)))
+        return Answer(body, [Part("a@b", uids.MIME_DICOM, 64 << 20, path)])
+
+    async with serving(tmp_path, retrieval(large), stall_timeout=0.5) as url:
+        host, port = url.removeprefix("http://").rstrip("/").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        body = request(iti43.TRANSACTION)
+        head = (
+            f"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/soap+xml\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        async with asyncio.timeout(10):
+            await released.wait()
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await reader.readexactly(64 << 20)
+        writer.close()
+
+
+async def test_a_body_that_breaks_its_transfer_coding_is_refused(tmp_path: Path) -> None:
+    async with serving(tmp_path, retrieval(one_document)) as url:
+        host, port = url.removeprefix("http://").rstrip("/").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/soap+xml\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n3\r\n<a>\r\nnonsense\r\n"
+        )
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).split()[1] == b"400"
+        writer.close()
+
+
+async def test_a_defect_in_reading_is_a_receiver_fault(tmp_path: Path) -> None:
+    def broken(body: object) -> object:
+        raise KeyError("patient 4711")
+
+    operation = Operation(iti43.TRANSACTION, broken, one_document, refuse_retrieval)
+    async with serving(tmp_path, operation) as url:
+        status, headers, body = await post(url, request(iti43.TRANSACTION))
+    fault = soap.read_fault(read(headers, body)[0].body)
+    assert status == 500
+    assert fault is not None
+    assert fault.code == "Receiver"
+    assert b"4711" not in body
+
+
 def test_a_refused_query_is_a_schema_valid_failure() -> None:
     response = iti18.decode_response(refuse_query([errors.UnknownStoredQuery("x")]))
     assert response.status == uids.STATUS_FAILURE

@@ -38,10 +38,9 @@ log = logging.getLogger(__name__)
 _DATABASE_THREADS = 4  # SQLite has one writer; a few readers beside it
 _ANSWER_TIMEOUT = 1.0  # s for clients to take the answers that a drain has made
 _EXPIRE_EVERY = 5.0  # s between looks for spooled instances whose retention has passed
-T = TypeVar("T")
-
 _WSDL_ADDRESS = "REPLACE_WITH_ACTUAL_URL"
 
+T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -51,7 +50,6 @@ class Node:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._resources = AsyncExitStack()
-        self._runner: web.AppRunner | None = None
         self._server: asyncio.Server | None = None
         self._running = 0  # requests that are being answered
         self._idle = asyncio.Event()
@@ -247,7 +245,6 @@ class Node:
                 backlog=512,
             ),
         )
-        resources.callback(self._server.close)
         self.http_address = self._server.sockets[0].getsockname()[:2]
 
 
@@ -309,4 +306,7 @@ async def _unready(registry: Registry, spool: Spool) -> list[str]:
 async def _expire(spool: Spool) -> None:
     while True:
         await asyncio.sleep(_EXPIRE_EVERY)
-        spool.expire()
+        try:
+            spool.expire()
+        except OSError:
+            log.exception("the spool could not be tidied")

@@ -137,29 +137,29 @@ class Exchange:
     async def handle(self, request: web.Request, operations: Mapping[str, Operation]) -> web.StreamResponse:
         """Answer one HTTP request at an endpoint that does `operations`, by action."""
         content_type = request.headers.get("Content-Type", "")
-        try:
-            reader = mtom.Reader(content_type, max_root=self._limits.root_part, max_parts=_MAX_ATTACHMENTS)
-        except mtom.UnsupportedMedia as exc:
-            raise web.HTTPUnsupportedMediaType(text=f"{exc}\n") from exc
-        except RemoteProtocolError as exc:
-            message = _Message(content_type.lower().startswith("multipart/"))
-            return await self._answer_fault(request, message, exc)
+        message = _Message(content_type.lower().startswith("multipart/"))
+        out = _Output(request, self._limits.stall_timeout)
         async with AsyncExitStack() as resources:
-            message = _Message(content_type.lower().startswith("multipart/"))
             try:
+                reader = mtom.Reader(content_type, max_root=self._limits.root_part, max_parts=_MAX_ATTACHMENTS)
                 await self._read(request, reader, operations, message, resources)
-                assert message.operation is not None
                 if message.refused is not None:
                     raise message.refused
+            except mtom.UnsupportedMedia as exc:
+                raise web.HTTPUnsupportedMediaType(text=f"{exc}\n") from exc
+            except web.RequestPayloadError as exc:
+                raise web.HTTPBadRequest(text="the body breaks its transfer coding\n") from exc
             except TimeoutError:
                 raise web.HTTPRequestTimeout(text="nothing came for too long\n") from None
-            except (SpoolFull, SubmissionRefused, RegistryError) as exc:
+            except ConnectionError:
+                raise  # the client went away: there is nobody to tell
+            except (SpoolFull, SubmissionRefused) as exc:
                 if message.operation is None:
-                    return await self._answer_fault(request, message, exc)
-                return await self._answer_refusal(request, message, exc)
-            except RemoteProtocolError as exc:
-                return await self._answer_fault(request, message, exc)
-            return await self._perform(request, message, resources)
+                    return await self._answer_fault(message, out, exc)
+                return await self._answer_refusal(message, out, exc)
+            except Exception as exc:
+                return await self._answer_fault(message, out, exc)
+            return await self._perform(message, out, resources)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Reading
@@ -238,85 +238,55 @@ class Exchange:
     # Performing
     # ------------------------------------------------------------------------------------------------------------------
 
-    async def _perform(self, request: web.Request, message: _Message, resources: AsyncExitStack) -> web.StreamResponse:
+    async def _perform(self, message: _Message, out: _Output, resources: AsyncExitStack) -> web.StreamResponse:
         operation = message.operation
         assert operation is not None
-        context = Context(_caller(request), message.message_id, message.attachments, resources)
-        writer = _mtom_writer()
-        response: web.StreamResponse | None = None
+        context = Context(_caller(out.request), message.message_id, message.attachments, resources)
         task = asyncio.ensure_future(operation.perform(message.request, context))
         try:
             pause = _KEEP_ALIVE_AFTER
             while not (await asyncio.wait({task}, timeout=pause))[0]:
                 # HTTP/1.0 has no chunked coding, and an answer that ends by closing can come out short unnoticed.
-                if operation.transaction.mtom and request.version >= HttpVersion11:
-                    if response is None:
-                        response = web.StreamResponse(headers={"Content-Type": writer.content_type})
-                        response.enable_chunked_encoding()
-                        await response.prepare(request)
-                    await response.write(writer.preamble_line())
+                if operation.transaction.mtom and out.request.version >= HttpVersion11:
+                    await out.keep_alive()
                     pause = _KEEP_ALIVE_EVERY
-            answer = task.result()
-            status = "answered"
-        except (RegistryError, SubmissionRefused, SpoolFull, PeerError) as exc:
-            if not task.done():
-                raise
-            answer = Answer(operation.refuse(_registry_errors(exc)))
-            status = "refused"
-        except RemoteProtocolError as exc:
-            return await self._answer_fault(request, message, exc, response, writer)
-        except OSError:
-            if not task.done():  # the client went away between two lines; there is nobody to tell
-                raise
-            log.exception("%s %s failed", operation.transaction.name, message.message_id)
-            return await self._answer_fault(request, message, RuntimeError(), response, writer)
-        except Exception as exc:
-            log.exception("%s %s failed", operation.transaction.name, message.message_id)
-            return await self._answer_fault(request, message, exc, response, writer)
         finally:
+            # Not done: this request was cancelled, or its client went away between two lines.
             if not task.done():
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        self._metrics.request(operation.transaction.name, status)
-        return await self._write(request, message, answer, response, writer)
+        try:
+            answer = task.result()
+            self._metrics.request(operation.transaction.name, "answered")
+        except (RegistryError, SubmissionRefused, SpoolFull, PeerError) as exc:
+            return await self._answer_refusal(message, out, exc)
+        except Exception as exc:
+            return await self._answer_fault(message, out, exc)
+        return await self._answer(message, out, answer)
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answering
     # ------------------------------------------------------------------------------------------------------------------
 
-    async def _answer_refusal(self, request: web.Request, message: _Message, exc: Exception) -> web.StreamResponse:
+    async def _answer_refusal(self, message: _Message, out: _Output, exc: Exception) -> web.StreamResponse:
         assert message.operation is not None
         self._metrics.request(message.operation.transaction.name, "refused")
-        answer = Answer(message.operation.refuse(_registry_errors(exc)))
-        return await self._write(request, message, answer, None, _mtom_writer())
+        return await self._answer(message, out, Answer(message.operation.refuse(_registry_errors(exc))))
 
-    async def _write(
-        self,
-        request: web.Request,
-        message: _Message,
-        answer: Answer,
-        response: web.StreamResponse | None,
-        writer: mtom.Writer,
-    ) -> web.StreamResponse:
+    async def _answer(self, message: _Message, out: _Output, answer: Answer) -> web.StreamResponse:
         assert message.operation is not None
         transaction = message.operation.transaction
         headers = addressing.response_headers(
             transaction.response_action, message.message_id, message_id=f"urn:uuid:{uuid.uuid4()}"
         )
-        envelope = soap.write_envelope(headers, answer.body)
-        return await _send(request, envelope, answer.parts, transaction.mtom, response, writer)
+        return await out.send(soap.write_envelope(headers, answer.body), answer.parts, packed=transaction.mtom)
 
-    async def _answer_fault(
-        self,
-        request: web.Request,
-        message: _Message,
-        exc: Exception,
-        response: web.StreamResponse | None = None,
-        writer: mtom.Writer | None = None,
-    ) -> web.StreamResponse:
+    async def _answer_fault(self, message: _Message, out: _Output, exc: Exception) -> web.StreamResponse:
         """Answer with a fault, packed as the request was."""
+        if not isinstance(exc, XcaImagingError):
+            log.error("message %s failed by a defect", message.message_id, exc_info=exc)
         fault = soap.fault_of(exc if isinstance(exc, XcaImagingError) else XcaImagingError())
-        log.info("fault %s to %s: %s", fault.code, request.remote, fault.reason)
+        log.info("fault %s to %s: %s", fault.code, out.request.remote, fault.reason)
         self._metrics.request(message.operation.transaction.name if message.operation else "none", "fault")
         headers = [
             *addressing.response_headers(
@@ -325,12 +295,11 @@ class Exchange:
             *soap.fault_headers(fault),
         ]
         envelope = soap.write_envelope(headers, soap.write_fault(fault))
-        packed = message.is_multipart or response is not None
-        return await _send(request, envelope, (), packed, response, writer or _mtom_writer(), status=500)
+        return await out.send(envelope, (), packed=message.is_multipart, status=500)
 
 
 def _caller(request: web.Request) -> str:
-    """Name who asks: the subject of the client certificate, else `local` (contract: trusted on loopback)."""
+    """Name who asks: the subject of the client certificate, else `local`: trusted on loopback."""
     certificate = request.get_extra_info("peercert")
     if not certificate:
         return "local"
@@ -352,36 +321,60 @@ def _registry_errors(exc: Exception) -> Sequence[RegistryError]:
             raise AssertionError(exc)
 
 
-def _mtom_writer() -> mtom.Writer:
-    return mtom.Writer(multipart.new_boundary(secrets.token_bytes(24)), "root@xca-imaging")
+class _Output:
+    """The HTTP response to one request, from its first keep-alive line to its end.
 
+    A client that takes nothing for `stall_timeout` is cut off: what is held for it must not be held for ever.
+    """
 
-async def _send(
-    request: web.Request,
-    envelope: bytes,
-    parts: Sequence[Part],
-    packed: bool,
-    response: web.StreamResponse | None,
-    writer: mtom.Writer,
-    status: int = 200,
-) -> web.StreamResponse:
-    """Write the whole answer, continuing `response` where a preamble has begun it."""
-    if not packed:
-        return web.Response(
-            body=envelope, status=status, headers={"Content-Type": "application/soap+xml; charset=UTF-8"}
-        )
-    if response is None:
-        response = web.StreamResponse(status=status, headers={"Content-Type": writer.content_type})
-        sizes = [(part.content_id, part.content_type, part.size) for part in parts]
-        response.content_length = writer.total_length(len(envelope), sizes)
-        await response.prepare(request)
-    await response.write(writer.root(envelope))
-    loop = asyncio.get_running_loop()
-    chunks = _attachments(writer, parts)
-    while (chunk := await loop.run_in_executor(None, next, chunks, b"")) != b"":
-        await response.write(chunk)
-    await response.write_eof(writer.end())
-    return response
+    # Mutable state: the response, once it has been begun.
+
+    def __init__(self, request: web.Request, stall_timeout: float) -> None:
+        self.request = request
+        self._stall_timeout = stall_timeout
+        self._writer = mtom.Writer(multipart.new_boundary(secrets.token_bytes(24)), "root@xca-imaging")
+        self._response: web.StreamResponse | None = None
+
+    async def keep_alive(self) -> None:
+        """Begin the response, in chunked coding, and send a line that receivers skip."""
+        if self._response is None:
+            self._response = web.StreamResponse(headers={"Content-Type": self._writer.content_type})
+            self._response.enable_chunked_encoding()
+            await self._response.prepare(self.request)
+        await self._write(self._response, self._writer.preamble_line())
+
+    async def send(
+        self, envelope: bytes, parts: Sequence[Part], *, packed: bool, status: int = 200
+    ) -> web.StreamResponse:
+        """Send the whole answer; `packed` = MTOM. Once begun the response stays what it is: MTOM with status 200."""
+        response = self._response
+        if response is None and not packed:
+            return web.Response(
+                body=envelope, status=status, headers={"Content-Type": "application/soap+xml; charset=UTF-8"}
+            )
+        if response is None:
+            response = web.StreamResponse(status=status, headers={"Content-Type": self._writer.content_type})
+            sizes = [(part.content_id, part.content_type, part.size) for part in parts]
+            response.content_length = self._writer.total_length(len(envelope), sizes)
+            await response.prepare(self.request)
+        await self._write(response, self._writer.root(envelope))
+        loop = asyncio.get_running_loop()
+        chunks = _attachments(self._writer, parts)
+        while (chunk := await loop.run_in_executor(None, next, chunks, b"")) != b"":
+            await self._write(response, chunk)
+        await self._write(response, self._writer.end())
+        await response.write_eof()
+        return response
+
+    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self._stall_timeout):
+                await response.write(data)
+        except TimeoutError:
+            log.info("%s took nothing for %g s and is cut off", self.request.remote, self._stall_timeout)
+            if self.request.transport is not None:
+                self.request.transport.abort()  # closing would wait for what is never taken
+            raise ConnectionResetError("the client takes nothing") from None
 
 
 def _attachments(writer: mtom.Writer, parts: Sequence[Part]) -> Iterator[bytes]:
