@@ -417,6 +417,10 @@ class ImagingError(XcaImagingError):
     registry_error: ClassVar[type[RegistryError]] = RepositoryError
 
 
+class OutputError(ImagingError):
+    """A retrieved instance cannot be written where it was to go: no room, no permission."""
+
+
 class ManifestError(ImagingError):
     """A KOS manifest cannot be built or read."""
 

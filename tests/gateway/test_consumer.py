@@ -11,12 +11,13 @@ import pytest
 from pydicom.data import get_testdata_file
 
 from xca_imaging import errors, settings, uids
-from xca_imaging.gateway.consumer import Consumer, FoundManifest, Routes
+from xca_imaging.gateway.consumer import Consumer, Found, FoundManifest, Routes
 from xca_imaging.gateway.peers import PartSink
 from xca_imaging.gateway.receipt import ManifestFacts, Receipt
 from xca_imaging.imaging.manifest import InstanceReference, Manifest, SeriesReference, StudyReference
 from xca_imaging.imaging.study import Patient
-from xca_imaging.metadata.model import Code
+from xca_imaging.metadata.model import Code, DocumentEntry, Submission
+from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.document_set import DocumentResponse, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
 from xca_imaging.transactions.registry_response import RegistryResponse, response_to
@@ -225,3 +226,58 @@ async def test_what_nobody_asked_for_is_told_and_dropped(tmp_path: Path) -> None
     receipt, _ = await retrieve(tmp_path, script)
     assert receipt.complete
     assert receipt.unexpected == ["1.2.99", "attachment stray@x"]
+
+
+async def test_a_disk_without_room_ends_in_the_receipt(tmp_path: Path) -> None:
+    def script(gateway: Gateway) -> None:
+        gateway.answer([FIRST, SECOND])
+        gateway.attach(FIRST, image())
+        # What a full disk does: the device that takes nothing.
+        full = gateway.sink_factory(f"{SECOND}@x", uids.MIME_DICOM)
+        full._file.close()  # type: ignore[attr-defined]
+        full._file = open("/dev/full", "wb", buffering=0)  # type: ignore[attr-defined]  # noqa: SIM115
+        try:
+            full.write(memoryview(image(SECOND)))
+        finally:
+            full.abandon()
+
+    receipt, gateway = await retrieve(tmp_path, script)
+    assert list(reasons(receipt)) == [SECOND]
+    assert "No space left" in reasons(receipt)[SECOND]
+    assert len(gateway.asked) == 1
+
+
+class Registry:
+    """Answers a query with what it was made with."""
+
+    def __init__(self, response: QueryResponse) -> None:
+        self.response = response
+
+    async def stored_query(self, endpoint: object, query: object, *, cross_gateway: bool) -> QueryResponse:
+        return self.response
+
+
+def entry() -> DocumentEntry:
+    return DocumentEntry(entry_uuid="urn:uuid:1", unique_id="1.2", patient_id="1^^^&1.2&ISO")
+
+
+async def find(tmp_path: Path, response: QueryResponse) -> Found:
+    file = tmp_path / "node.toml"
+    file.write_text(CONFIGURATION.replace("imaging =", "query ="))
+    consumer = Consumer(Registry(response), Routes(settings.load(file), lambda: ""))  # type: ignore[arg-type]
+    return await consumer.find_manifests("1^^^&1.2&ISO", EAST)
+
+
+async def test_a_partial_query_is_not_taken_for_all(tmp_path: Path) -> None:
+    warning = errors.RegistryError("slow today", warning=True)
+    gone = errors.UnavailableCommunity("a branch is away")
+    objects = Submission(documents=(entry(),))
+    partial = QueryResponse(uids.STATUS_PARTIAL_SUCCESS, (warning, gone), objects)
+    assert await find(tmp_path, partial) == Found((entry(),), (gone,))
+    assert await find(tmp_path, QueryResponse(uids.STATUS_SUCCESS, (warning,), objects)) == Found((entry(),))
+    odd = await find(tmp_path, QueryResponse("urn:x:Unheard", (), objects))
+    assert odd.errors
+    unread = errors.RegistryMetadataError("an entry without uniqueId")
+    assert (await find(tmp_path, QueryResponse(uids.STATUS_SUCCESS, (), objects, (), (unread,)))).errors == (unread,)
+    with pytest.raises(errors.SubmissionRefused, match="XDSUnavailableCommunity"):
+        await find(tmp_path, QueryResponse(uids.STATUS_FAILURE, (gone,)))

@@ -80,7 +80,7 @@ def test_our_store_scp_answers_echoscu(holding: Holding) -> None:
 
 
 def test_an_object_that_nobody_asked_for_is_refused(holding: Holding, tmp_path: Path) -> None:
-    """design.md section 2: never silently kept."""
+    """What nobody asked for is refused, never silently kept."""
     stray = images.ct(tmp_path, 1)
     done = peers.storescu(holding.node.entity, stray.paths, check=False)
     assert done.returncode != 0, done.stdout + done.stderr

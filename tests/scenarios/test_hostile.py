@@ -512,7 +512,7 @@ def test_twenty_thousand_parts(holding: Holding) -> None:
 
 @pytest.mark.parametrize("lf", [False, True], ids=["quoted-upper", "bare-lf"])
 def test_odd_but_readable_multipart(holding: Holding, lf: bool) -> None:
-    """rad69-rad75.md section 5: LF line ends, unquoted boundary, preamble and epilogue are read."""
+    """LF line ends, unquoted boundary, preamble and epilogue are read."""
     content_type, data = package(_rad69(holding))
     data = b"preamble\r\n" + data + b"epilogue"
     if lf:
@@ -908,7 +908,7 @@ def test_a_client_that_goes_away_cancels_its_transfer(tmp_path: Path) -> None:
 @pytest.mark.peer
 @pytest.mark.slow
 def test_a_client_that_goes_away_does_not_harm_another_that_waits_for_the_same(tmp_path: Path) -> None:
-    """design.md section 3: the last waiter's cancel cancels."""
+    """The last waiter's cancel cancels."""
     with _transfer(tmp_path, count=16, rate=3_000_000) as scene:
         asked = _later(lambda: rad69(scene.node, scene.study.instances))
         body = soap_client.retrieve_images(scene.study.instances, repository=RETRIEVE_LOCATION)

@@ -120,7 +120,7 @@ def test_only_a_listed_transfer_syntax_is_delivered(holding: Holding) -> None:
 
 
 def test_what_was_decoded_for_one_request_does_not_serve_another(holding: Holding, tmp_path: Path) -> None:
-    """rad69-rad75.md section 2: stored in a listed syntax, sent as is, whoever asked for something else before."""
+    """RAD-69: stored in a listed syntax, sent as is, whoever asked for something else before."""
     study = images.jpeg_lossless(tmp_path, 1)
     holding.pacs.upload(study.paths)
     reference = holding.as_sent(study)
@@ -171,7 +171,7 @@ def test_each_unknown_instance_is_named(holding: Holding) -> None:
 
 @pytest.mark.parametrize("wrong", ["uid", "series", "study"])
 def test_a_wrong_uid_is_a_failure(holding: Holding, wrong: str) -> None:
-    """rad69-rad75.md section 4: unknown, or not in the named series or study."""
+    """RAD-69: unknown, or not in the named series or study."""
     instance = holding.studies["ct"].instances[0]
     answer = rad69(holding.node, [replace(instance, **{wrong: images.new_uid()})])
     assert answer.registry_status == soap_client.FAILURE
@@ -236,7 +236,7 @@ def test_a_published_study_is_found_with_its_manifest(holding: Holding, kind: st
 
 
 def test_the_manifest_is_as_the_profile_says(holding: Holding) -> None:
-    """kos-mapping.md section 1, PS3.3 C.17.6, PS3.16 TID 2010."""
+    """RAD TF-3 4.68.4.1.2, PS3.3 C.17.6, PS3.16 TID 2010."""
     study = holding.publish("ct")
     (found,) = [each for each in holding.node.query(study.cx) if each["study_instance_uid"] == study.uid]
     content, kos = manifest(holding.node, found["unique_id"])
@@ -270,7 +270,7 @@ def test_the_manifest_is_as_the_profile_says(holding: Holding) -> None:
 
 
 def test_the_entry_is_as_the_profile_says(holding: Holding) -> None:
-    """kos-mapping.md section 3."""
+    """RAD TF-3 4.68.4.1.2.3.2: from the manifest to the entry."""
     study = holding.publish("ct")
     (entry,) = [
         each

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import signal
 import socket
 import sys
 import tempfile
@@ -57,7 +58,10 @@ def configure(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     logging.getLogger("xca_imaging").setLevel(logging.WARNING)
     folder = Path(tempfile.mkdtemp(prefix="xca-imaging-demo-"))
-    return run_loop(_demo(folder, args.port, args.once))
+    try:
+        return run_loop(_demo(folder, args.port, args.once))
+    except asyncio.CancelledError:
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,10 @@ class _Ports:
 
 
 async def _demo(folder: Path, port: int, once: bool) -> int:
+    demo = asyncio.current_task()
+    assert demo is not None
+    # As Ctrl-C does: unwinds, so that the PACS's process ends too.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, demo.cancel)
     ports = _Ports(port or _free_port(), port + 1 if port else _free_port(), *(_free_port() for _ in range(3)))
     east, west = _configure(folder, ports)
     console.print("[bold]Community East[/] has a PACS, a registry, a repository and the responding gateways.")
@@ -252,7 +260,7 @@ async def _retrieve(west: Settings, out: Path) -> Receipt:
     async with SoapClient() as client:
         consumer = Consumer(client, Routes(west, lambda: f"http://127.0.0.1:{west.http.port}"))
         started = time.perf_counter()
-        documents = await consumer.find_manifests(patient, _EAST)
+        documents = (await consumer.find_manifests(patient, _EAST)).documents
         console.print(
             f"3. West asked East for the patient's imaging (ITI-38): {len(documents)} manifests in {_since(started)}"
         )

@@ -13,6 +13,7 @@ from rich.table import Table
 from xca_imaging import settings as settings_module
 from xca_imaging.cli.endpoints import add_endpoints, connect
 from xca_imaging.cli.options import add_config, patient_identifier, run_loop
+from xca_imaging.gateway.consumer import Found
 from xca_imaging.metadata.model import DocumentEntry
 
 
@@ -27,21 +28,28 @@ def configure(sub: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     settings = settings_module.load(args.config)
 
-    async def ask() -> tuple[DocumentEntry, ...]:
+    async def ask() -> Found:
         async with connect(settings, args) as consumer:
             return await consumer.find_manifests(args.patient, args.community)
 
-    documents = run_loop(ask())
+    found = run_loop(ask())
     home = args.community or settings.node.home_community_id
-    rows = [as_json(document, home) for document in documents]
-    if args.json:
+    rows = [as_json(document, home) for document in found.documents]
+    for error in found.errors:
+        print(f"not all was found: {error}", file=sys.stderr)
+    _print(rows, as_array=args.json)
+    return 1 if found.errors else 0
+
+
+def _print(rows: list[dict[str, Any]], *, as_array: bool) -> None:
+    if as_array:
         json.dump(rows, sys.stdout, indent=2)
         print()
-        return 0
+        return
     console = Console(width=None if sys.stdout.isatty() else 200)
     if not rows:
         console.print("no imaging documents")
-        return 0
+        return
     table = Table("created", "title", "study", "document", "repository", "home", box=None, pad_edge=False)
     for row in rows:
         table.add_row(
@@ -53,7 +61,6 @@ def run(args: argparse.Namespace) -> int:
             row["home_community_id"],
         )
     console.print(table)
-    return 0
 
 
 def as_json(document: DocumentEntry, home_community_id: str) -> dict[str, Any]:

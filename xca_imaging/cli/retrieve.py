@@ -15,11 +15,10 @@ from rich.progress import Progress as Bar
 from xca_imaging import settings as settings_module
 from xca_imaging.cli.endpoints import add_endpoints, connect
 from xca_imaging.cli.options import add_config, patient_identifier, run_loop, uid
-from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, ManifestError
-from xca_imaging.gateway.consumer import ACCEPTED_SYNTAXES, Consumer, FoundManifest, Progress
+from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, ManifestError, RegistryError
+from xca_imaging.gateway.consumer import ACCEPTED_SYNTAXES, Consumer, Found, FoundManifest, Progress
 from xca_imaging.gateway.receipt import ManifestFacts, Receipt
 from xca_imaging.imaging import manifest as manifest_module
-from xca_imaging.metadata.model import DocumentEntry
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.settings import Settings
 
@@ -52,39 +51,42 @@ def run(args: argparse.Namespace) -> int:
     if args.document and not args.repository:
         args.usage_error("--document needs --repository: the RepositoryUniqueId of its entry")
     settings = settings_module.load(args.config)
-    receipt = run_loop(_retrieve(settings, args))
+    receipt, missed = run_loop(_retrieve(settings, args))
     receipt.write(args.out / "receipt.json")
-    return _report(receipt, args.out)
+    for error in missed:
+        print(f"not all manifests were found: {error}", file=sys.stderr)
+    code = _report(receipt, args.out)
+    return 1 if missed else code
 
 
-async def _retrieve(settings: Settings, args: argparse.Namespace) -> Receipt:
+async def _retrieve(settings: Settings, args: argparse.Namespace) -> tuple[Receipt, Sequence[RegistryError]]:
+    """Return the receipt, and why there may be more manifests than it speaks of."""
     async with connect(settings, args) as consumer:
-        manifests = await _manifests(settings, args, consumer)
+        manifests, missed = await _manifests(settings, args, consumer)
         accept = tuple(args.transfer_syntax or ACCEPTED_SYNTAXES)
         with _Display() as display:
-            return await consumer.retrieve(manifests, args.out, accept=accept, progress=display)
+            return await consumer.retrieve(manifests, args.out, accept=accept, progress=display), missed
 
 
-async def _manifests(settings: Settings, args: argparse.Namespace, consumer: Consumer) -> list[FoundManifest]:
+async def _manifests(
+    settings: Settings, args: argparse.Namespace, consumer: Consumer
+) -> tuple[list[FoundManifest], Sequence[RegistryError]]:
     if args.manifest:
-        return [_from_file(args.manifest, args.home)]
+        return [_from_file(args.manifest, args.home)], ()
     if args.document:
-        return [await consumer.fetch_manifest(args.document, args.repository, args.home)]
-    if args.patient:
-        documents: Sequence[DocumentEntry] = await consumer.find_manifests(args.patient, args.home)
-        if args.study:
-            documents = [document for document in documents if args.study in document.study_instance_uids]
-    else:
-        documents = _registered_here(settings, args)
+        return [await consumer.fetch_manifest(args.document, args.repository, args.home)], ()
+    found = await consumer.find_manifests(args.patient, args.home) if args.patient else _registered_here(settings, args)
+    documents = [each for each in found.documents if args.study is None or args.study in each.study_instance_uids]
     if not documents:
         raise DocumentUniqueIdError("no manifest is registered for it", args.study or args.patient)
-    return [
+    manifests = [
         await consumer.fetch_manifest(document.unique_id, document.repository_unique_id, args.home)
         for document in documents
     ]
+    return manifests, found.errors
 
 
-def _registered_here(settings: Settings, args: argparse.Namespace) -> Sequence[DocumentEntry]:
+def _registered_here(settings: Settings, args: argparse.Namespace) -> Found:
     """Look a study up in this node's own database: no stored query finds a study without its patient."""
     if args.home not in ("", settings.node.home_community_id) or args.registry_url:
         raise ConfigurationError(
@@ -92,7 +94,7 @@ def _registered_here(settings: Settings, args: argparse.Namespace) -> Sequence[D
         )
     registry = Registry.open(settings.database_url, home_community_id=settings.node.home_community_id)
     try:
-        return registry.documents_of_study(args.study)
+        return Found(registry.documents_of_study(args.study))
     finally:
         registry.close()
 

@@ -5,7 +5,8 @@ Success (RAD-75), so the status of an answer is never taken for completeness.
 
 References
 ----------
-* IHE RAD TF-2, 4.69, 4.75; IHE ITI TF-2, 3.18, 3.38, 3.39, 3.43; kos-mapping: reading a manifest
+* IHE RAD TF-2, 4.69, 4.75; IHE ITI TF-2, 3.18, 3.38, 3.39, 3.43
+* IHE RAD TF-3, 4.68.4.1.2 (what a manifest says of its instances and where they are)
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +29,12 @@ from xca_imaging.errors import (
     ConfigurationError,
     DocumentUniqueIdError,
     ManifestError,
+    OutputError,
     PeerError,
     PeerProtocolError,
     PeerTimeout,
+    RegistryError,
+    SubmissionRefused,
     UnknownCommunity,
 )
 from xca_imaging.gateway.peers import Endpoint, PartSink, SoapClient
@@ -37,7 +43,7 @@ from xca_imaging.imaging import manifest as manifest_module
 from xca_imaging.imaging import part10
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.metadata.model import Code, DocumentEntry
-from xca_imaging.metadata.stored_query import FindDocuments, GetDocuments, StoredQuery
+from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
 from xca_imaging.settings import Settings
 from xca_imaging.transactions.document_set import DocumentRequest, DocumentResponse, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest, SeriesRequest, StudyRequest
@@ -151,6 +157,14 @@ class Routes:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """The entries that a query found, and why there may be more than these; empty when it found all."""
+
+    documents: tuple[DocumentEntry, ...]
+    errors: tuple[RegistryError, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class FoundManifest:
     """A manifest in hand: its content and where it came from."""
 
@@ -172,30 +186,37 @@ class Progress:
 
 
 class _FileSink:
-    """Writes one attachment to a file of its own, hashing what passes."""
+    """Writes one attachment to a file of its own, hashing what passes. Every method raises OutputError."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
-        self.path = path
+    def __init__(self, folder: Path, progress: Progress) -> None:
+        self.path = folder / f"{uuid.uuid4().hex}.part"
         self.size = 0
         self.whole = False
         self._hash = hashlib.sha256()
         self._progress = progress
-        self._file = path.open("wb")
+        with _writing(self.path):
+            # Unbuffered: what cannot be written is known at once, and the pieces are large.
+            self._file = self.path.open("wb", buffering=0)
 
     def write(self, data: memoryview) -> None:
-        self._file.write(data)
+        rest = data
+        with _writing(self.path):
+            while rest:
+                rest = rest[self._file.write(rest) :]
         self._hash.update(data)
         self.size += len(data)
         self._progress.received(len(data))
 
     def finish(self) -> None:
-        self._file.close()
+        with _writing(self.path):
+            self._file.close()
         self.whole = True
         self._progress.arrived()
 
     def abandon(self) -> None:
-        self._file.close()
-        self.path.unlink(missing_ok=True)
+        with _writing(self.path):
+            self._file.close()
+            self.path.unlink(missing_ok=True)
 
     @property
     def sha256(self) -> str:
@@ -208,30 +229,26 @@ class Consumer:
     def __init__(self, client: SoapClient, routes: Routes) -> None:
         self._client, self._routes = client, routes
 
-    async def find_manifests(self, patient_id: str, home_community_id: str = "") -> tuple[DocumentEntry, ...]:
+    async def find_manifests(self, patient_id: str, home_community_id: str = "") -> Found:
         """Return the approved imaging manifests of a patient, here or in another community (ITI-18, ITI-38).
 
         Raises
         ------
-        RegistryError, PeerError
+        SubmissionRefused
+            The query failed.
+        PeerError
         """
-        query = FindDocuments(patient_id=patient_id, status=(uids.APPROVED,), format_codes=(KOS_FORMAT,))
-        return await self._query(StoredQuery(query, "LeafClass", home_community_id), home_community_id)
-
-    async def get_document(self, document_unique_id: str, home_community_id: str = "") -> tuple[DocumentEntry, ...]:
-        """Return the entries with a uniqueId."""
-        query = GetDocuments(unique_ids=(document_unique_id,))
-        return await self._query(StoredQuery(query, "LeafClass", home_community_id), home_community_id)
-
-    async def _query(self, query: StoredQuery, home_community_id: str) -> tuple[DocumentEntry, ...]:
+        find = FindDocuments(patient_id=patient_id, status=(uids.APPROVED,), format_codes=(KOS_FORMAT,))
         route = self._routes.query(home_community_id)
-        response = await self._client.stored_query(route.endpoint, query, cross_gateway=route.cross_gateway)
-        failures = [error for error in response.errors if not error.warning]
-        if failures and response.status == uids.STATUS_FAILURE:
-            raise failures[0]
-        for error in response.errors:
-            log.warning("%s: %s", route.endpoint.peer, error)
-        return response.objects.documents
+        response = await self._client.stored_query(
+            route.endpoint, StoredQuery(find, "LeafClass", home_community_id), cross_gateway=route.cross_gateway
+        )
+        errors = (*(error for error in response.errors if not error.warning), *response.problems)
+        if not response.succeeded and not errors:
+            errors = (RegistryError(f"{route.endpoint.peer} answered {response.status!r} and gave no error"),)
+        if errors and not response.objects.documents:
+            raise SubmissionRefused(errors)
+        return Found(response.objects.documents, errors)
 
     async def fetch_manifest(
         self, document_unique_id: str, repository_unique_id: str, home_community_id: str = ""
@@ -275,8 +292,13 @@ class Consumer:
             raise ManifestError("the manifest names no instances")
         receipt = Receipt(f"urn:uuid:{uuid.uuid4()}", datetime.now(UTC), tuple(m.facts for m in manifests), records)
         progress.expect(len(records))
-        incoming = out / ".incoming"
-        incoming.mkdir(parents=True, exist_ok=True)
+        with _incoming(out) as incoming:
+            await self._retrieve(receipt, incoming, accept, progress)
+        receipt.finished_at = datetime.now(UTC)
+        return receipt
+
+    async def _retrieve(self, receipt: Receipt, incoming: Path, accept: Sequence[str], progress: Progress) -> None:
+        records = receipt.instances
         message_id = receipt.trace_id
         for home in dict.fromkeys(record.home_community_id for record in records):
             mine = [record for record in records if record.home_community_id == home]
@@ -284,8 +306,11 @@ class Consumer:
                 missing = [record for record in mine if record.state != "held"]
                 try:
                     route = self._routes.imaging(home)
-                    await self._ask(route, missing, accept, out, receipt, progress, message_id)
+                    await self._ask(route, missing, accept, incoming, receipt, progress, message_id)
                     break
+                except OutputError as exc:
+                    _fail(records, str(exc))
+                    return
                 except (PeerProtocolError, PeerTimeout) as exc:
                     _fail(missing, str(exc))
                 except (PeerError, UnknownCommunity) as exc:
@@ -293,16 +318,13 @@ class Consumer:
                     break
                 finally:
                     message_id = ""
-        _remove_folder(incoming)
-        receipt.finished_at = datetime.now(UTC)
-        return receipt
 
     async def _ask(
         self,
         route: Route,
         records: Sequence[InstanceRecord],
         accept: Sequence[str],
-        out: Path,
+        incoming: Path,
         receipt: Receipt,
         progress: Progress,
         message_id: str,
@@ -312,8 +334,7 @@ class Consumer:
         sinks: dict[str, _FileSink] = {}
 
         def sink(content_id: str, content_type: str) -> PartSink:
-            path = out / ".incoming" / f"{uuid.uuid4().hex}.part"
-            made = sinks[content_id] = _FileSink(path, progress)
+            made = sinks[content_id] = _FileSink(incoming, progress)
             return made
 
         for record in records:
@@ -330,7 +351,7 @@ class Consumer:
             )
         finally:
             for response in responses:
-                _settle(response, records, sinks, accept, out, receipt)
+                _settle(response, records, sinks, accept, incoming, receipt)
             for content_id, left in sinks.items():
                 if left.whole and left.path.exists():
                     receipt.unexpected.append(f"attachment {content_id}")
@@ -381,7 +402,7 @@ def _settle(
     records: Sequence[InstanceRecord],
     sinks: Mapping[str, _FileSink],
     accept: Sequence[str],
-    out: Path,
+    incoming: Path,
     receipt: Receipt,
 ) -> None:
     by_id = {(record.repository_unique_id, record.sop_instance_uid): record for record in records}
@@ -391,12 +412,12 @@ def _settle(
             receipt.unexpected.append(document.document_unique_id)
             continue
         try:
-            _keep(document, record, sinks, accept, out)
+            _keep(document, record, sinks, accept, incoming)
         except part10.Part10Error as exc:
             record.reason = str(exc)
     for error in response.registry.errors:
         for record in records:
-            # Either attribute may hold the document id (rad69-rad75: the location conflict).
+            # RAD-69 wants the document in `location`, RAD-75 the gateway: then it stands in `codeContext`.
             if record.state != "held" and record.sop_instance_uid in _uids_in(f"{error.location} {error.context}"):
                 record.reason = f"{error.code}: {error.context}"
     general = [error for error in response.registry.errors if not error.warning]
@@ -414,7 +435,7 @@ def _keep(
     record: InstanceRecord,
     sinks: Mapping[str, _FileSink],
     accept: Sequence[str],
-    out: Path,
+    incoming: Path,
 ) -> None:
     """Check one instance and move it to its place.
 
@@ -422,6 +443,7 @@ def _keep(
     ------
     part10.Part10Error
         It is not what was asked for, or not whole.
+    OutputError
     """
     content = document.content
     if isinstance(content, mtom.Reference):
@@ -429,7 +451,7 @@ def _keep(
         if sink is None or not sink.whole:
             raise part10.Part10Error("the answer names an attachment that did not come whole")
     else:
-        sink = _FileSink(out / ".incoming" / f"{uuid.uuid4().hex}.part", Progress())
+        sink = _FileSink(incoming, Progress())
         sink.write(memoryview(content))
         sink.finish()
     facts = part10.identify(sink.path)
@@ -446,9 +468,10 @@ def _keep(
         raise
     except part10.Part10Error as exc:
         log.warning("%s is kept as it came: %s", record.sop_instance_uid, exc)
-    target = out / record.study_instance_uid / record.series_instance_uid / f"{record.sop_instance_uid}.dcm"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    os.replace(sink.path, target)
+    target = incoming.parent / record.study_instance_uid / record.series_instance_uid / f"{record.sop_instance_uid}.dcm"
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(sink.path, target)
     record.state, record.size, record.sha256 = "held", sink.size, sink.sha256
     record.transfer_syntax_uid = facts.transfer_syntax_uid
     record.reason = ""
@@ -460,7 +483,21 @@ def _fail(records: Iterable[InstanceRecord], reason: str) -> None:
             record.reason = reason
 
 
-def _remove_folder(folder: Path) -> None:
-    for leftover in folder.iterdir():
-        leftover.unlink()
-    folder.rmdir()
+@contextmanager
+def _incoming(out: Path) -> Iterator[Path]:
+    """Give a folder below `out` for what is not checked yet; nothing of it stays."""
+    folder = out / ".incoming"
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise OutputError(f"{path} cannot be written: {exc.strerror or exc}") from exc

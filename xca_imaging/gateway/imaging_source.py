@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from lxml import etree
 
 from xca_imaging import uids
-from xca_imaging.errors import RegistryError, RepositoryError
+from xca_imaging.errors import RegistryError
 from xca_imaging.gateway.documents import refuse_retrieval
 from xca_imaging.gateway.exchange import Answer, Context, Operation, Part
 from xca_imaging.imaging.ledger import Want
@@ -65,6 +65,7 @@ class ImagingDocumentSource:
         )
         await transfer.wait()
         outcome = transfer.ledger.outcome()
+        assert not outcome.missing
         documents, parts = [], []
         for index, want in enumerate(outcome.held, 1):
             instance, asked = transfer.held(want), wants[want]
@@ -80,7 +81,6 @@ class ImagingDocumentSource:
                 )
             )
         failed = [(wants[want], error) for want, error in outcome.failed]
-        failed += [(wants[want], RepositoryError("it never arrived")) for want in outcome.missing]
         self._metrics.instances(held=len(documents), failed=len(failed))
         return Images(tuple(documents), tuple(parts), tuple(failed))
 

@@ -2,7 +2,7 @@
 
 The answer is never in memory as a whole: the root part is (bounded by `max_root`), attachments go to the sink that
 the caller gives for each. An answer that ends before its closing boundary, its Content-Length or its last chunk is an
-error, never a short answer: `standards` of CXF peers show why both are needed.
+error, never a short answer: clients that miss one of the three take a cut study for a whole one.
 
 References
 ----------

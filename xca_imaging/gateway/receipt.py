@@ -11,6 +11,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from xca_imaging.errors import OutputError
+
 VERSION = 1
 
 
@@ -100,10 +102,13 @@ class Receipt:
         }
 
     def write(self, path: Path) -> None:
-        """Write it whole or not at all."""
+        """Write it whole or not at all; raises OutputError."""
         temporary = path.with_suffix(".part")
-        temporary.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(json.dumps(self.as_json(), indent=2) + "\n", encoding="utf-8")
+            temporary.replace(path)
+        except OSError as exc:
+            raise OutputError(f"{path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def _timestamp(moment: datetime) -> str:

@@ -10,7 +10,6 @@ first, when room is needed. All methods are called from one thread; files may be
 References
 ----------
 * DICOM PS3.10, 7.1 (DICOM File Meta Information)
-* design.md section 2: bytes are touched once
 """
 
 from __future__ import annotations
