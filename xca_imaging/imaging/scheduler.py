@@ -262,6 +262,14 @@ class Scheduler:
             self._out += [FailInstance(request, w, error.at(w.sop_instance_uid), fetch.attempts) for w in wants]
         self._close(fetch)
 
+    def _fail_absent(self, fetch: Fetch) -> None:
+        """It is not where it was asked for; all who wait asked for it there."""
+        wants = next(iter(fetch.waiters.values()), None)
+        if wants is None:
+            self._close(fetch)
+        else:
+            self._fail(fetch, not_there(wants[0]))
+
     def _withdraw(self, request: int) -> None:
         left: dict[Move, None] = {}
         for fetch in self._by_request.pop(request, {}):
@@ -269,9 +277,14 @@ class Scheduler:
             if fetch.is_open and not fetch.waiters:
                 if fetch.move is not None and fetch.stage is Stage.MOVING:
                     left[fetch.move] = None
-                self._close(fetch)
+                else:
+                    self._close(fetch)
         for move in left:
-            if not move.fetches:
+            # A move that others wait for brings this instance too: who asks for it again joins, and no second move is
+            # made for it meanwhile.
+            if not any(fetch.waiters for fetch in move.fetches):
+                for fetch in tuple(move.fetches):
+                    self._close(fetch)
                 self._cancel(move, "nobody waits for it any more")
 
     # --- moves ----------------------------------------------------------------------------------------------------
@@ -363,6 +376,9 @@ class Scheduler:
         move = self._moves.pop(event.move)
         pacs = move.pacs
         pacs.moves.discard(move)
+        for fetch in tuple(move.fetches):
+            if not fetch.waiters:
+                self._close(fetch)
         if move.no_room:
             # A PACS mostly gives the rest of a move up after a C-STORE that was refused. Asking again would only fill
             # the spool again; who asked may come back later.
@@ -511,7 +527,7 @@ class Scheduler:
             fetch.is_checked = True
             if event.present is not None:
                 if fetch.uid not in event.present:
-                    self._fail(fetch, not_there(next(iter(fetch.waiters.values()))[0]))
+                    self._fail_absent(fetch)
                     continue
                 fetch.sop_class, fetch.verify = event.present[fetch.uid], False
             if (syntax_error := self._syntax_error(fetch)) is not None:
@@ -566,7 +582,7 @@ class Scheduler:
         return [fetch for fetch in fetches if fetch.pacs == pacs] or fetches
 
     def _offer_store(self, event: StoreOffered, now: float) -> None:
-        wanted = self._wanted_by(event.sop_instance_uid, event.pacs)
+        wanted = [fetch for fetch in self._wanted_by(event.sop_instance_uid, event.pacs) if fetch.waiters]
         if not wanted:
             self._out.append(
                 DropStore(event.store) if event.is_spooled else RefuseStore(event.store, "nobody waits for it")
@@ -618,7 +634,7 @@ class Scheduler:
                         fetch.move.sop_classes.add(store.sop_class)
                     self._complete(fetch, event.store)
             elif any(read):
-                self._fail(fetch, not_there(next(iter(fetch.waiters.values()))[0]))
+                self._fail_absent(fetch)
 
     def _break_store(self, event: StoreBroken, now: float) -> None:
         store = self._stores.pop(event.store)
