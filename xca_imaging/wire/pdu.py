@@ -291,40 +291,21 @@ class AssociateRQ:
     pdu_type: ClassVar[int] = 0x01
 
     def encode(self) -> bytes:
-        fixed = struct.pack(
-            ">H2x16s16s32x", self.protocol_version, _ae_title(self.called_ae_title), _ae_title(self.calling_ae_title)
-        )
-        contexts = b"".join(context.encode() for context in self.presentation_contexts)
-        application = _item(0x10, self.application_context.encode("latin-1"))
-        return _pdu(self.pdu_type, fixed + application + contexts + self.user_information.encode())
+        return _encode_associate(self)
 
     @classmethod
     def decode(cls, data: memoryview) -> AssociateRQ:
         """Return the PDU whose content, without the PDU header, is `data`."""
-        _need(data, 68, "A-ASSOCIATE-RQ")
-        application_context, user_information = "", UserInformation()
+        fields, items = _decode_associate(data, "A-ASSOCIATE-RQ", context_item=0x20)
         contexts: dict[int, PresentationContext] = {}
-        for item_type, content in _items(data[68:]):
-            if item_type == 0x10:
-                application_context = _text(content)
-            elif item_type == 0x20:
-                context = PresentationContext.decode(content)
-                if context.context_id % 2 == 0 or context.context_id in contexts:
-                    raise DicomProtocolError(
-                        f"presentation context id {context.context_id} is even or there twice (PS3.8 9.3.2.2)",
-                        ABORT_INVALID_PDU_PARAMETER,
-                    )
-                contexts[context.context_id] = context
-            elif item_type == 0x50:
-                user_information = UserInformation.decode(content)
-        return cls(
-            called_ae_title=_text(data[4:20]),
-            calling_ae_title=_text(data[20:36]),
-            application_context=application_context,
-            presentation_contexts=tuple(contexts.values()),
-            user_information=user_information,
-            protocol_version=(data[0] << 8) | data[1],
-        )
+        for context in map(PresentationContext.decode, items):
+            if context.context_id % 2 == 0 or context.context_id in contexts:
+                raise DicomProtocolError(
+                    f"presentation context id {context.context_id} is even or there twice (PS3.8 9.3.2.2)",
+                    ABORT_INVALID_PDU_PARAMETER,
+                )
+            contexts[context.context_id] = context
+        return cls(*fields[:3], tuple(contexts.values()), *fields[3:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,34 +325,40 @@ class AssociateAC:
     pdu_type: ClassVar[int] = 0x02
 
     def encode(self) -> bytes:
-        fixed = struct.pack(
-            ">H2x16s16s32x", self.protocol_version, _ae_title(self.called_ae_title), _ae_title(self.calling_ae_title)
-        )
-        contexts = b"".join(context.encode() for context in self.presentation_contexts)
-        application = _item(0x10, self.application_context.encode("latin-1"))
-        return _pdu(self.pdu_type, fixed + application + contexts + self.user_information.encode())
+        return _encode_associate(self)
 
     @classmethod
     def decode(cls, data: memoryview) -> AssociateAC:
         """Return the PDU whose content, without the PDU header, is `data`."""
-        _need(data, 68, "A-ASSOCIATE-AC")
-        application_context, user_information = "", UserInformation()
-        contexts: list[PresentationContextResult] = []
-        for item_type, content in _items(data[68:]):
-            if item_type == 0x10:
-                application_context = _text(content)
-            elif item_type == 0x21:
-                contexts.append(PresentationContextResult.decode(content))
-            elif item_type == 0x50:
-                user_information = UserInformation.decode(content)
-        return cls(
-            called_ae_title=_text(data[4:20]),
-            calling_ae_title=_text(data[20:36]),
-            application_context=application_context,
-            presentation_contexts=tuple(contexts),
-            user_information=user_information,
-            protocol_version=(data[0] << 8) | data[1],
-        )
+        fields, items = _decode_associate(data, "A-ASSOCIATE-AC", context_item=0x21)
+        return cls(*fields[:3], tuple(map(PresentationContextResult.decode, items)), *fields[3:])
+
+
+def _encode_associate(pdu: AssociateRQ | AssociateAC) -> bytes:
+    fixed = struct.pack(
+        ">H2x16s16s32x", pdu.protocol_version, _ae_title(pdu.called_ae_title), _ae_title(pdu.calling_ae_title)
+    )
+    contexts = b"".join(context.encode() for context in pdu.presentation_contexts)
+    application = _item(0x10, pdu.application_context.encode("latin-1"))
+    return _pdu(pdu.pdu_type, fixed + application + contexts + pdu.user_information.encode())
+
+
+def _decode_associate(
+    data: memoryview, name: str, context_item: int
+) -> tuple[tuple[str, str, str, UserInformation, int], list[memoryview]]:
+    """Return what both have, in the order of their fields without the contexts, and the contexts' items."""
+    _need(data, 68, name)
+    application_context, user_information = "", UserInformation()
+    contexts: list[memoryview] = []
+    for item_type, content in _items(data[68:]):
+        if item_type == 0x10:
+            application_context = _text(content)
+        elif item_type == context_item:
+            contexts.append(content)
+        elif item_type == 0x50:
+            user_information = UserInformation.decode(content)
+    version = (data[0] << 8) | data[1]
+    return (_text(data[4:20]), _text(data[20:36]), application_context, user_information, version), contexts
 
 
 @dataclass(frozen=True, slots=True)
