@@ -41,8 +41,9 @@ import psutil
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
+from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
 from xca_imaging.imaging.spool import Spool, SpoolWriter
-from xca_imaging.imaging.store_scp import Incoming, PeerAssociation, StoreRequest, StoreScp
+from xca_imaging.imaging.store_scp import StoreScp
 
 ROOT = "1.2.826.0.1.3680043.8.498.77"  # synthetic UIDs
 AE_TITLE = "BENCH"

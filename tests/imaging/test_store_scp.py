@@ -29,8 +29,9 @@ from pynetdicom import _config as pynetdicom_config
 
 from xca_imaging import uids
 from xca_imaging.errors import SpoolFull
+from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
 from xca_imaging.imaging.spool import Spool, SpoolWriter
-from xca_imaging.imaging.store_scp import Incoming, PeerAssociation, StoreRequest, StoreScp
+from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.wire import dimse, pdu
 
 CT = "1.2.840.10008.5.1.4.1.1.2"

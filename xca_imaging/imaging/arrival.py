@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from xca_imaging.errors import SpoolFull
 from xca_imaging.imaging.decisions import BytesArrived, InstanceArrived, StoreBroken
+from xca_imaging.imaging.receiver import Incoming, StoreRequest
 from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
-from xca_imaging.imaging.store_scp import Incoming, StoreRequest
 
 SUCCESS = 0x0000
 OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1

@@ -17,11 +17,12 @@ import logging
 import os
 import socket
 import ssl as ssl_module
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 from xca_imaging.errors import DicomProtocolError, SpoolFull
+from xca_imaging.imaging.receiver import Incoming, PeerAssociation, Receiver, StoreRequest
 from xca_imaging.uids import is_uid
 from xca_imaging.wire import dimse, pdu
 from xca_imaging.wire.upper_layer import Event, Role, State, UpperLayer, answer_request, check_request, negotiate
@@ -37,73 +38,6 @@ this is what peers can make the kernel hold."""
 
 _GRACE = 1.0
 """Seconds that a peer gets to read an A-ABORT when the node goes down."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The seam to the transfer core
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class PeerAssociation:
-    """Who is at the other end of an established association."""
-
-    id: int
-    calling_ae_title: str
-    called_ae_title: str
-    host: str
-    port: int
-    implementation_class_uid: str
-    implementation_version_name: str
-
-
-@dataclass(frozen=True, slots=True)
-class StoreRequest:
-    """A C-STORE-RQ. The SOP class is that of the command, the transfer syntax that of its presentation context."""
-
-    association: PeerAssociation
-    sop_class_uid: str
-    sop_instance_uid: str
-    transfer_syntax_uid: str
-    move_originator_ae_title: str | None
-    move_originator_message_id: int | None
-
-
-class Incoming(Protocol):
-    """An instance on its way in. After `commit` or `discard` it is not used any more."""
-
-    def write(self, data: memoryview) -> None:
-        """Take the next bytes of the data set; the view is valid during the call only.
-
-        SpoolFull and OSError are answered with status A700H; the rest of the data set is read and dropped.
-        """
-
-    def commit(self) -> int:
-        """Return the DIMSE status of the whole instance: 0000H only when it is owned."""
-
-    def discard(self, reason: str) -> None:
-        """Drop what came: the association is gone or the instance cannot be kept. Harmless when repeated."""
-
-
-class Receiver(Protocol):
-    """Who wants instances. All methods are called on the event loop and must not block it."""
-
-    def accepted_syntaxes(self, association: PeerAssociation) -> Sequence[str] | None:
-        """Return the transfer syntaxes that this peer may use, best first; None: any, in the house order."""
-
-    def begin(self, request: StoreRequest) -> Incoming | int:
-        """Take an instance, or return the DIMSE status that refuses it (its data set is read and dropped)."""
-
-    def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
-        """Learn which contexts were refused for their syntaxes: SOP class -> proposed transfer syntaxes."""
-
-    def association_closed(self, association: PeerAssociation, reason: str) -> None:
-        """Learn that an association is over: released, aborted or lost. Called once for each that was accepted."""
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The server
-# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mappin
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from xca_imaging import settings
 from xca_imaging.errors import (
@@ -33,34 +33,25 @@ from xca_imaging.errors import (
     RegistryError,
     RepositoryBusy,
     RepositoryError,
-    XcaImagingError,
 )
 from xca_imaging.imaging import decisions as d
 from xca_imaging.imaging.arrival import Arrival, Dropped
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult
 from xca_imaging.imaging.backends.cfind import Finder
 from xca_imaging.imaging.backends.cmove import CMove
+from xca_imaging.imaging.facts import Facts, SeriesFinder
 from xca_imaging.imaging.ledger import Ledger, State, Want
 from xca_imaging.imaging.part10 import Part10Error, identify
-from xca_imaging.imaging.plan import FetchPlan, StudyIndex, build, unclear_series
+from xca_imaging.imaging.plan import FetchPlan, build
+from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
 from xca_imaging.imaging.scheduler import Scheduler
 from xca_imaging.imaging.spool import Spool, SpooledInstance
-from xca_imaging.imaging.store_scp import Incoming, PeerAssociation, StoreRequest
-from xca_imaging.imaging.study import InstanceFacts, SeriesFacts
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 _NOT_AUTHORISED = 0x0124  # PS3.7 Annex C.5.13: what nobody asked for is not taken
-
-
-class SeriesFinder(Protocol):
-    """What is asked of a PACS by C-FIND before it is asked to send; both methods block."""
-
-    def find_series(self, study_instance_uid: str) -> Sequence[SeriesFacts]: ...
-
-    def find_instances(self, study_instance_uid: str, series_instance_uid: str) -> Sequence[InstanceFacts]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,9 +159,8 @@ class Transfers:
     """
 
     # Mutable state: the scheduler; transfers, stores, moves (their cancellation) and queries (their slot) by number;
-    # `_shared`: queries that several requests wait for; `_series_of`: where held instances belong and which transfer
-    # syntaxes were accepted when they came, by SOP Instance UID, oldest first; `_peers`: which PACS an association
-    # comes from; `_tasks`: what runs in the background.
+    # `_series_of`: where held instances belong and which transfer syntaxes were accepted when they came, by SOP
+    # Instance UID, oldest first; `_peers`: which PACS an association comes from; `_tasks`: what runs in the background.
 
     def __init__(
         self,
@@ -209,14 +199,13 @@ class Transfers:
         # Each PACS's associations, and a few for looking into arrived objects.
         self._executor = ThreadPoolExecutor(sum(each.max_associations for each in pacs) + 2, "transfer")
         self._backends: dict[str, Backend] = {}
-        self._finders: dict[str, SeriesFinder | None] = {}
+        self._facts = Facts(self._routes, self._executor, self._slot)
         self._hosts: dict[str, set[str]] = {}
         self._numbers = itertools.count(1)
         self._transfers: dict[int, Transfer] = {}
         self._stores: dict[int, Arrival] = {}
         self._moves: dict[int, threading.Event] = {}
         self._queries: dict[int, asyncio.Future[None]] = {}
-        self._shared: dict[tuple[str, ...], asyncio.Task[Any]] = {}
         self._series_of: dict[str, tuple[tuple[str, str, str], frozenset[str]]] = {}
         self._peers: dict[int, str | None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -250,7 +239,7 @@ class Transfers:
         self._loop = asyncio.get_running_loop()
         for name, pacs in self._settings.items():
             self._backends[name] = self._make_backend(pacs)
-            self._finders[name] = self._make_finder(pacs)
+            self._facts.finders[name] = self._make_finder(pacs)
             self._hosts[name] = {pacs.host}
             self._spawn(self._resolve(name, pacs))
 
@@ -268,6 +257,7 @@ class Transfers:
             await asyncio.gather(*late)
         for cancelled in self._moves.values():
             cancelled.set()
+        await self._facts.close()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -327,7 +317,7 @@ class Transfers:
             plan = self._settle_known(transfer, build(wants, accept=accept, routes=self._routes), accept)
             if plan.fetches:
                 wants = [want for fetch in plan.fetches for want in fetch.wants]
-                facts = await self._learn(wants, accept)
+                facts = await self._facts.learn(wants, accept)
                 plan = build(wants, accept=accept, routes=self._routes, facts=facts)
                 plan = self._settle_known(transfer, plan, accept)
             if plan.fetches:
@@ -363,86 +353,25 @@ class Transfers:
                 left.append(fetch.only(missing))
         return FetchPlan(tuple(left), ())
 
-    async def _learn(self, wants: Sequence[Want], accept: Sequence[str]) -> dict[tuple[str, str], StudyIndex]:
-        """Ask the PACSs what the studies have: by series, and where that is not enough by instance."""
-        facts: dict[tuple[str, str], StudyIndex] = {}
-        studies = tuple(dict.fromkeys((self._routes[w.repository_unique_id], w.study_instance_uid) for w in wants))
-        for key, series in zip(
-            studies, await asyncio.gather(*(self._find_series(*key) for key in studies)), strict=True
-        ):
-            if series is not None:
-                facts[key] = StudyIndex(series)
-        unclear = unclear_series(build(wants, accept=accept, routes=self._routes, facts=facts), facts)
-        found = await asyncio.gather(*(self._find_instances(*key) for key in unclear))
-        for (pacs, study, uid), instances in zip(unclear, found, strict=True):
-            if instances is not None:
-                known = facts[pacs, study]
-                facts[pacs, study] = StudyIndex(known.series, {**known.instances, uid: instances})
-        return facts
-
     # --- C-FIND ---------------------------------------------------------------------------------------------------
 
-    async def _find_series(self, pacs: str, study: str) -> Mapping[str, int | None] | None:
-        finder = self._finders[pacs]
-        if finder is None:
-            return None
-
-        async def ask() -> Mapping[str, int | None] | None:
-            series = await self._query(pacs, lambda: finder.find_series(study))
-            return None if series is None else {s.series_instance_uid: s.number_of_instances for s in series}
-
-        return await self._share((pacs, study), ask)
-
-    async def _find_instances(self, pacs: str, study: str, series: str) -> Mapping[str, str] | None:
-        finder = self._finders[pacs]
-        if finder is None:
-            return None
-
-        async def ask() -> Mapping[str, str] | None:
-            found = await self._query(pacs, lambda: finder.find_instances(study, series))
-            return None if found is None else {i.sop_instance_uid: i.sop_class_uid for i in found}
-
-        return await self._share((pacs, study, series), ask)
-
-    async def _share(self, key: tuple[str, ...], ask: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Ask once, however many ask the same at the same time; one who goes away leaves it to the others."""
-        task = self._shared.get(key)
-        if task is None:
-            task = self._shared[key] = self._spawn(ask())
-            task.add_done_callback(lambda _: self._shared.pop(key, None))
-        shared: T = await asyncio.shield(task)
-        return shared
-
-    async def _query(self, pacs: str, ask: Callable[[], T]) -> T | None:
-        """Ask a PACS when it has a free slot; None when it cannot tell."""
+    @asynccontextmanager
+    async def _slot(self, pacs: str) -> AsyncIterator[None]:
+        """Wait for a slot of a PACS, and take it for one query."""
         number = next(self._numbers)
         slot = self._queries[number] = self._loop.create_future()
         try:
             self._step(d.QueryAsked(number, pacs))
             await slot
-            return await self._ask(pacs, ask)
+            yield
         finally:
             del self._queries[number]
             self._step(d.QueryFinished(number, pacs))
 
-    async def _ask(self, pacs: str, ask: Callable[[], T]) -> T | None:
-        try:
-            return await self._loop.run_in_executor(self._executor, ask)
-        except XcaImagingError as error:
-            _log.info("going on without C-FIND: %s", error)
-        except Exception:
-            # C-FIND only helps; a defect in it must not end a retrieval that works without.
-            _log.exception("C-FIND at %s failed", pacs)
-        return None
-
     async def _check_series(self, decision: d.CheckSeries) -> None:
-        finder = self._finders[decision.pacs]
-        present = None
-        if finder is not None:
-            study, series = decision.study_instance_uid, decision.series_instance_uid
-            found = await self._ask(decision.pacs, lambda: finder.find_instances(study, series))
-            present = None if found is None else {i.sop_instance_uid: i.sop_class_uid for i in found}
-        self._step(d.QueryFinished(decision.query, decision.pacs, present))
+        pacs = decision.pacs
+        present = await self._facts.instances_now(pacs, decision.study_instance_uid, decision.series_instance_uid)
+        self._step(d.QueryFinished(decision.query, pacs, present))
 
     # --- events and decisions -------------------------------------------------------------------------------------
 
