@@ -324,7 +324,7 @@ def _invite(folder: Path, ports: _Ports) -> None:
     patient = f"{_PATIENT}^^^&{_AUTHORITY}&ISO"
     console.print(f"\nBoth nodes keep serving (West http://{west}, East http://{east}); stop with Ctrl-C. Try:")
     console.print(
-        f"  xca-imaging query --config {folder}/west.toml --community {_EAST} --patient '{patient}'", soft_wrap=True
+        f"  {sys.argv[0]} query --config {folder}/west.toml --community {_EAST} --patient '{patient}'", soft_wrap=True
     )
 
 
