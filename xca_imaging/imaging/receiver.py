@@ -2,19 +2,30 @@
 
 References
 ----------
-* DICOM PS3.4, B (Storage Service Class); PS3.7, 9.1.1 (C-STORE)
+* DICOM PS3.4, B (Storage Service Class), R (Instance Availability Notification); PS3.7, 9.1.1 (C-STORE), 10.1.5
+  (N-CREATE)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from xca_imaging.imaging.arrival import Dropped
+    from xca_imaging.imaging.spool import SpooledInstance
+
+MAX_NOTIFICATION = 1_000_000
+"""Bytes of the data set of an N-CREATE, which is collected in memory: references to some 5000 instances."""
 
 
 @dataclass(frozen=True, slots=True)
 class PeerAssociation:
-    """Who is at the other end of an established association."""
+    """Who is at the other end of an established association.
+
+    `pacs` is the name of the PACS where we requested the association ourselves; None where the peer did.
+    """
 
     id: int
     calling_ae_title: str
@@ -23,6 +34,7 @@ class PeerAssociation:
     port: int
     implementation_class_uid: str
     implementation_version_name: str
+    pacs: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +65,31 @@ class Incoming(Protocol):
         """Drop what came: the association is gone or the instance cannot be kept. Harmless when repeated."""
 
 
+class Arriving(Protocol):
+    """An instance that another process writes to the spool's folder. After `adopt` or `discard` it is not used any
+    more.
+    """
+
+    def progress(self, size: int) -> None:
+        """Learn how many bytes of the data set have come since the last word of it."""
+
+    def adopt(self, instance: SpooledInstance) -> int:
+        """Own the whole instance, which the spool has adopted; return the DIMSE status that answers for it."""
+
+    def discard(self, reason: str, no_room: bool = False) -> None:
+        """Learn that it will not come, and that its file is gone. Harmless when repeated."""
+
+
+class Receiving(Protocol):
+    """Who reads from peers, in this process or others."""
+
+    def pause(self, association: PeerAssociation) -> None:
+        """Stop reading from a peer: its consumer is slow. What was read already is still delivered."""
+
+    def resume(self, association: PeerAssociation) -> None:
+        """Read on."""
+
+
 class Receiver(Protocol):
     """Who wants instances. All methods are called on the event loop and must not block it."""
 
@@ -61,6 +98,27 @@ class Receiver(Protocol):
 
     def begin(self, request: StoreRequest) -> Incoming | int:
         """Take an instance, or return the DIMSE status that refuses it (its data set is read and dropped)."""
+
+    def offer(self, request: StoreRequest) -> Arriving | Dropped | int:
+        """Decide as `begin` does, about an instance whose bytes another process writes."""
+
+    def create_instance(
+        self,
+        association: PeerAssociation,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        dataset: bytes,
+        transfer_syntax_uid: str,
+    ) -> int:
+        """Take an Instance Availability Notification (N-CREATE) and return its DIMSE status.
+
+        Parameters
+        ----------
+        sop_instance_uid : str
+            As the peer named it; empty where it left that to us.
+        dataset : bytes
+            The attribute list in the transfer syntax, at most MAX_NOTIFICATION long.
+        """
 
     def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
         """Learn which contexts were refused for their syntaxes: SOP class -> proposed transfer syntaxes."""
