@@ -30,7 +30,7 @@ else
 endif
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow"
 
 check: $(CHECKS)
 	$(BIN)/ruff format --check .
