@@ -18,6 +18,9 @@ from xca_imaging.imaging.plan import SeriesFetch
 Level = Literal["STUDY", "SERIES", "IMAGE"]
 """Query/Retrieve Level of a move (PS3.4 C.6.2.1)."""
 
+Method = Literal["c-move", "c-get", "wado-rs"]
+"""How a PACS is made to send."""
+
 # --------------------------------------------------------------------------------------------------------------------
 # Events
 # --------------------------------------------------------------------------------------------------------------------

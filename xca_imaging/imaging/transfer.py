@@ -17,11 +17,9 @@ import logging
 import random
 import socket
 import ssl
-import threading
-import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,9 +34,8 @@ from xca_imaging.errors import (
 )
 from xca_imaging.imaging import decisions as d
 from xca_imaging.imaging.arrival import Arrival, Dropped
-from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult
+from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult, make_backends
 from xca_imaging.imaging.backends.cfind import Finder
-from xca_imaging.imaging.backends.cmove import CMove
 from xca_imaging.imaging.facts import Facts, SeriesFinder
 from xca_imaging.imaging.ledger import Ledger, State, Want
 from xca_imaging.imaging.part10 import Part10Error, identify
@@ -142,7 +139,7 @@ class Transfers:
         Seconds without a wanted byte after which a move is given up.
     tls : ssl.SSLContext, optional
         For the associations that we request.
-    make_backend, make_finder : callable
+    make_backends, make_finder : callable
         What moves and what asks, by PACS.
     grace, backoff : float
         See `Scheduler`.
@@ -170,7 +167,7 @@ class Transfers:
         spool: Spool,
         stall_timeout: float = 60.0,
         tls: ssl.SSLContext | None = None,
-        make_backend: Callable[[settings.Pacs], Backend] | None = None,
+        make_backends: Callable[[settings.Pacs], Mapping[d.Method, Backend]] | None = None,
         make_finder: Callable[[settings.Pacs], SeriesFinder | None] | None = None,
         grace: float = 1.0,
         backoff: float = 0.5,
@@ -188,7 +185,7 @@ class Transfers:
         self._connect_timeout = min(10.0, stall_timeout / 4)
         # Progress is told to the scheduler at most so often: a step for each fragment would cost more than the write.
         self._note_every = min(1.0, stall_timeout / 8)
-        self._make_backend, self._make_finder = make_backend or self._cmove, make_finder or self._cfind
+        self._make_backends, self._make_finder = make_backends or self._all_backends, make_finder or self._cfind
         self._scheduler = Scheduler(
             {each.name: each.max_associations for each in pacs},
             stall_timeout=stall_timeout,
@@ -198,13 +195,13 @@ class Transfers:
         )
         # Each PACS's associations, and a few for looking into arrived objects.
         self._executor = ThreadPoolExecutor(sum(each.max_associations for each in pacs) + 2, "transfer")
-        self._backends: dict[str, Backend] = {}
+        self._backends: dict[str, Mapping[d.Method, Backend]] = {}
         self._facts = Facts(self._routes, self._executor, self._slot)
         self._hosts: dict[str, set[str]] = {}
         self._numbers = itertools.count(1)
         self._transfers: dict[int, Transfer] = {}
         self._stores: dict[int, Arrival] = {}
-        self._moves: dict[int, threading.Event] = {}
+        self._moves: dict[int, asyncio.Task[MoveResult]] = {}
         self._queries: dict[int, asyncio.Future[None]] = {}
         self._series_of: dict[str, tuple[tuple[str, str, str], frozenset[str]]] = {}
         self._peers: dict[int, str | None] = {}
@@ -214,13 +211,15 @@ class Transfers:
         self._idle = asyncio.Event()
         self._closing = False
 
-    def _cmove(self, pacs: settings.Pacs) -> Backend:
-        return CMove(
+    def _all_backends(self, pacs: settings.Pacs) -> Mapping[d.Method, Backend]:
+        return make_backends(
             pacs,
             ae_title=self._ae_title,
             listener=self.listener,
             tls=self._tls,
+            receiver=self,
             connect_timeout=self._connect_timeout,
+            stall_timeout=self._stall_timeout,
         )
 
     def _cfind(self, pacs: settings.Pacs) -> SeriesFinder:
@@ -238,7 +237,7 @@ class Transfers:
         """Get ready to fetch: back ends, and the addresses by which PACSs are told apart when they call."""
         self._loop = asyncio.get_running_loop()
         for name, pacs in self._settings.items():
-            self._backends[name] = self._make_backend(pacs)
+            self._backends[name] = self._make_backends(pacs)
             self._facts.finders[name] = self._make_finder(pacs)
             self._hosts[name] = {pacs.host}
             self._spawn(self._resolve(name, pacs))
@@ -255,8 +254,8 @@ class Transfers:
                 transfer._fail_open(RepositoryBusy("this imaging source is going down"))
                 self._step(d.Withdrawn(number))
             await asyncio.gather(*late)
-        for cancelled in self._moves.values():
-            cancelled.set()
+        for move in self._moves.values():
+            move.cancel()
         await self._facts.close()
         for task in tuple(self._tasks):
             task.cancel()
@@ -268,6 +267,9 @@ class Transfers:
                     await self._idle.wait()
             except TimeoutError:
                 _log.warning("%d moves did not end within %g s", len(self._moves), self._close_timeout)
+        for backends in self._backends.values():
+            for backend in backends.values():
+                await backend.close()
         if self._timer is not None:
             self._timer.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
@@ -402,7 +404,7 @@ class Transfers:
                 self._start_move(decision)
             case d.CancelMove(move, reason):
                 _log.info("move %d is cancelled: %s", move, reason)
-                self._moves[move].set()
+                self._moves[move].cancel()
             case d.StartQuery(query):
                 if not self._queries[query].done():
                     self._queries[query].set_result(None)
@@ -421,8 +423,7 @@ class Transfers:
             del self._series_of[next(iter(self._series_of))]
 
     def _start_move(self, decision: d.StartMove) -> None:
-        cancelled = self._moves[decision.move] = threading.Event()
-        backend = self._backends[decision.pacs]
+        (backend,) = self._backends[decision.pacs].values()
         is_list = decision.level == "IMAGE"
         job = MoveJob(
             decision.level,
@@ -433,38 +434,35 @@ class Transfers:
         _log.info(
             "%s: move %d, %s level, %d instances", decision.pacs, decision.move, job.level, len(decision.instances)
         )
-        self._executor.submit(self._run_move, decision.move, backend, job, cancelled)
-
-    def _run_move(self, move: int, backend: Backend, job: MoveJob, cancelled: threading.Event) -> None:
-        """Run one move; in a thread."""
-        said = time.monotonic()
+        move, said = decision.move, self._loop.time()
 
         def on_response(_: MoveResult) -> None:
             nonlocal said
-            if time.monotonic() - said >= self._note_every:
-                said = time.monotonic()
-                self._post(d.MoveResponded(move))
+            if self._loop.time() - said >= self._note_every:
+                said = self._loop.time()
+                self._step(d.MoveResponded(move))
 
-        try:
-            result = backend.move(job, on_response, cancelled)
-            event = d.MoveFinished(move, result.status, result.completed, result.failed_uids, result.error_comment)
-        except PeerError as error:
-            event = d.MoveFinished(move, error=error)
-        except Exception as exc:
-            _log.exception("a move failed by a defect")
-            event = d.MoveFinished(move, error=PeerRefused(backend.pacs.name, f"internal error: {type(exc).__name__}"))
-        self._post(event)
+        task = self._moves[move] = self._loop.create_task(backend.move(job, on_response))
+        task.add_done_callback(lambda task: self._finish_move(move, backend, task))
 
-    def _post(self, event: d.MoveResponded | d.MoveFinished) -> None:
-        """Hand an event of a thread to the loop."""
-        with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
-            self._loop.call_soon_threadsafe(self._take_posted, event)
-
-    def _take_posted(self, event: d.MoveResponded | d.MoveFinished) -> None:
-        if isinstance(event, d.MoveFinished):
-            del self._moves[event.move]
-            if not self._moves:
-                self._idle.set()
+    def _finish_move(self, move: int, backend: Backend, task: asyncio.Task[MoveResult]) -> None:
+        del self._moves[move]
+        if not self._moves:
+            self._idle.set()
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        match error:
+            case None:
+                result = task.result()
+                event = d.MoveFinished(move, result.status, result.completed, result.failed_uids, result.error_comment)
+            case asyncio.CancelledError():
+                event = d.MoveFinished(move, comment="cancelled")
+            case PeerError():
+                event = d.MoveFinished(move, error=error)
+            case _:
+                _log.error("a move failed by a defect", exc_info=error)
+                event = d.MoveFinished(
+                    move, error=PeerRefused(backend.pacs.name, f"internal error: {type(error).__name__}")
+                )
         self._step(event)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:

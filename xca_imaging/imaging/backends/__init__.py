@@ -1,28 +1,40 @@
 """Ways to make a PACS send instances; one interface, one module each.
 
-A back end is asked for one move at a time and blocks until it has ended; how many run at once, what is asked again
-and when to give up is decided by `imaging/scheduler.py` alone.
+A back end is asked for one move at a time and runs on the event loop until it has ended; how many run at once, what is
+asked again and when to give up is decided by `imaging/scheduler.py` alone.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable
-from dataclasses import dataclass
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from xca_imaging import settings
-from xca_imaging.imaging.decisions import Level
+from xca_imaging.imaging.decisions import Level, Method
+from xca_imaging.imaging.receiver import Receiver
 
 
 @dataclass(frozen=True, slots=True)
 class MoveJob:
-    """One retrieval to ask of a PACS, by the unique keys of its level (DICOM PS3.4, C.4.2.1.4)."""
+    """One retrieval to ask of a PACS, by the unique keys of its level (DICOM PS3.4, C.4.2.1.4).
+
+    Parameters
+    ----------
+    accept : tuple of str
+        Transfer syntaxes that instances may come in, best first; empty: any. A C-MOVE negotiates them at our Storage
+        SCP, the other ways ask for them.
+    sop_classes : mapping
+        SOP Instance UID -> SOP class, of the instances for which it is known.
+    """
 
     level: Level
     study_instance_uid: str
     series_instance_uid: str = ""
     sop_instance_uids: tuple[str, ...] = ()
+    accept: tuple[str, ...] = ()
+    sop_classes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +55,51 @@ class MoveResult:
 
 
 class Backend(Protocol):
-    """Makes one PACS send instances to our Storage SCP (or fetches them)."""
+    """Makes one PACS send instances to our Storage SCP, or fetches them and hands them to our Receiver."""
 
     pacs: settings.Pacs
 
-    def move(self, job: MoveJob, on_response: Callable[[MoveResult], None], cancelled: threading.Event) -> MoveResult:
-        """Run one retrieval to its end; blocks.
+    async def move(self, job: MoveJob, on_response: Callable[[MoveResult], None]) -> MoveResult:
+        """Run one retrieval to its end.
 
-        `on_response` is called, in the calling thread, for each interim response. After `cancelled` is set the
-        call ends within a bounded time, whatever the PACS does.
+        `on_response` is called for each interim response. A cancelled call asks the PACS to stop, breaks off what does
+        not end within two seconds, and raises CancelledError after that.
 
         Raises
         ------
         PeerError
             When the retrieval could not be asked for, or was refused for good.
         """
+
+    async def close(self) -> None:
+        """Let go of connections that are kept for the next retrieval."""
+
+
+def make_backends(
+    pacs: settings.Pacs,
+    *,
+    ae_title: str,
+    listener: tuple[str, int],
+    tls: ssl.SSLContext | None,
+    receiver: Receiver,
+    connect_timeout: float,
+    stall_timeout: float,
+) -> dict[Method, Backend]:
+    """Return the back ends that the settings of a PACS name.
+
+    Parameters
+    ----------
+    ae_title : str
+        Ours: calling AE title and move destination.
+    listener : tuple of str and int
+        Host and port of our Storage SCP, for texts that say what to configure on the PACS.
+    tls : ssl.SSLContext, optional
+        For the connections that we open.
+    receiver : Receiver
+        Takes what a back end fetches itself.
+    connect_timeout, stall_timeout : float
+        Seconds for a connection to stand, and for one that does not move.
+    """
+    from xca_imaging.imaging.backends.cmove import CMove
+
+    return {"c-move": CMove(pacs, ae_title=ae_title, listener=listener, tls=tls, connect_timeout=connect_timeout)}

@@ -8,11 +8,14 @@ References
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -82,9 +85,32 @@ class CMove:
         self._ae_title, self._listener, self._tls = ae_title, listener, tls
         self._connect_timeout, self._cancel_timeout, self._poll = connect_timeout, cancel_timeout, poll
         self._uid_list_limit = uid_list_limit
+        self._executor = ThreadPoolExecutor(pacs.max_associations, f"c-move {pacs.name}")
 
-    def move(self, job: MoveJob, on_response: Callable[[MoveResult], None], cancelled: threading.Event) -> MoveResult:
-        """Run one C-MOVE to its final response, its cancellation or the end of its association.
+    async def move(self, job: MoveJob, on_response: Callable[[MoveResult], None]) -> MoveResult:
+        """Run one C-MOVE to its final response, its cancellation or the end of its association."""
+        loop = asyncio.get_running_loop()
+        cancelled = threading.Event()
+
+        def respond(result: MoveResult) -> None:
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to hear it
+                loop.call_soon_threadsafe(on_response, result)
+
+        ended = loop.run_in_executor(self._executor, self._move, job, respond, cancelled)
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            cancelled.set()
+            await asyncio.wait([ended])
+            ended.exception()  # what it raises now is of no interest
+            raise
+
+    async def close(self) -> None:
+        """Nothing is kept but idle threads."""
+        self._executor.shutdown(wait=False)
+
+    def _move(self, job: MoveJob, on_response: Callable[[MoveResult], None], cancelled: threading.Event) -> MoveResult:
+        """Run one C-MOVE; blocks.
 
         There is no response time-out: a PACS may send for hours between two responses. Who asks watches the arriving
         bytes and sets `cancelled`.
