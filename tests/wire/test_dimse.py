@@ -79,6 +79,35 @@ def test_response_is_read_by_pydicom_as_it_was_written() -> None:
     assert dimse.decode_command(data) == dimse.Response(0x8001, 7, 0xA700, CT, "1.2.3.45", False)
 
 
+@pytest.mark.parametrize("field", [dimse.C_FIND_RQ, dimse.C_GET_RQ, dimse.C_MOVE_RQ])
+def test_query_request_is_written_as_pynetdicom_writes_it(field: int) -> None:
+    destination = {"MoveDestination": "XCAI"} if field == dimse.C_MOVE_RQ else {}
+    data = dimse.encode_query_request(field, 7, CT, priority=1, move_destination=destination.get("MoveDestination", ""))
+    assert data == command_set(
+        AffectedSOPClassUID=CT, CommandField=field, MessageID=7, **destination, Priority=1, CommandDataSetType=0
+    )
+
+
+def test_cancel_request_both_ways() -> None:
+    data = dimse.encode_c_cancel_request(7)
+    assert data == command_set(CommandField=0x0FFF, MessageIDBeingRespondedTo=7, CommandDataSetType=0x0101)
+    assert dimse.decode_command(data) == dimse.CCancelRequest(7)
+
+
+def test_counters_and_comment_of_a_response_are_read() -> None:
+    data = command_set(
+        CommandField=0x8021,
+        MessageIDBeingRespondedTo=7,
+        CommandDataSetType=0,
+        Status=0xB000,
+        ErrorComment="two lost",
+        NumberOfRemainingSuboperations=0,
+        NumberOfCompletedSuboperations=300,
+        NumberOfFailedSuboperations=2,
+    )
+    assert dimse.decode_command(data) == dimse.Response(0x8021, 7, 0xB000, "", "", True, "two lost", 0, 300, 2, None)
+
+
 def test_requests_of_other_services() -> None:
     find = command_set(AffectedSOPClassUID="1.2.3", CommandField=0x20, MessageID=9, Priority=0, CommandDataSetType=1)
     assert dimse.decode_command(find) == dimse.OtherRequest(0x20, 9, "1.2.3", "", True)

@@ -29,6 +29,9 @@ attributes (0000,1005) of services that are not ours; 16 KB leave room to answer
 
 # Command Field (0000,0100), PS3.7 E.1-1; a response has bit 15 set
 C_STORE_RQ = 0x0001
+C_GET_RQ = 0x0010
+C_FIND_RQ = 0x0020
+C_MOVE_RQ = 0x0021
 C_ECHO_RQ = 0x0030
 C_CANCEL_RQ = 0x0FFF
 RESPONSE = 0x8000
@@ -52,11 +55,17 @@ _REQUESTED_SOP_CLASS_UID = 0x0003
 _COMMAND_FIELD = 0x0100
 _MESSAGE_ID = 0x0110
 _MESSAGE_ID_BEING_RESPONDED_TO = 0x0120
+_MOVE_DESTINATION = 0x0600
 _PRIORITY = 0x0700
 _COMMAND_DATA_SET_TYPE = 0x0800
 _STATUS = 0x0900
+_ERROR_COMMENT = 0x0902
 _AFFECTED_SOP_INSTANCE_UID = 0x1000
 _REQUESTED_SOP_INSTANCE_UID = 0x1001
+_REMAINING_SUBOPERATIONS = 0x1020
+_COMPLETED_SUBOPERATIONS = 0x1021
+_FAILED_SUBOPERATIONS = 0x1022
+_WARNING_SUBOPERATIONS = 0x1023
 _MOVE_ORIGINATOR_AE_TITLE = 0x1030
 _MOVE_ORIGINATOR_MESSAGE_ID = 0x1031
 
@@ -104,7 +113,7 @@ class OtherRequest(NamedTuple):
 
 
 class Response(NamedTuple):
-    """A response of any service (command field with bit 15 set)."""
+    """A response of any service (command field with bit 15 set); counters of sub-operations are None where absent."""
 
     command_field: int
     message_id_being_responded_to: int
@@ -112,6 +121,11 @@ class Response(NamedTuple):
     affected_sop_class_uid: str
     affected_sop_instance_uid: str
     has_data_set: bool
+    error_comment: str = ""
+    remaining: int | None = None
+    completed: int | None = None
+    failed: int | None = None
+    warning: int | None = None
 
 
 Command = CStoreRequest | CEchoRequest | CCancelRequest | OtherRequest | Response
@@ -155,6 +169,12 @@ def _us(values: dict[int, bytes], element: int, default: int | None = None) -> i
     return value[0] | value[1] << 8
 
 
+def _counter(values: dict[int, bytes], element: int) -> int | None:
+    """Return a number of sub-operations; one that is no US is as good as none, since nothing may depend on it."""
+    value = values.get(element, b"")
+    return value[0] | value[1] << 8 if len(value) == 2 else None
+
+
 def _text(values: dict[int, bytes], element: int) -> str:
     return values.get(element, b"").decode("latin-1").strip("\0 ")
 
@@ -192,7 +212,19 @@ def decode_command(data: bytes) -> Command:
     sop_instance_uid = _text(values, _AFFECTED_SOP_INSTANCE_UID) or _text(values, _REQUESTED_SOP_INSTANCE_UID)
     if command_field & RESPONSE:
         message_id, status = _us(values, _MESSAGE_ID_BEING_RESPONDED_TO), _us(values, _STATUS)
-        return Response(command_field, message_id, status, sop_class_uid, sop_instance_uid, has_data_set)
+        return Response(
+            command_field,
+            message_id,
+            status,
+            sop_class_uid,
+            sop_instance_uid,
+            has_data_set,
+            _text(values, _ERROR_COMMENT),
+            _counter(values, _REMAINING_SUBOPERATIONS),
+            _counter(values, _COMPLETED_SUBOPERATIONS),
+            _counter(values, _FAILED_SUBOPERATIONS),
+            _counter(values, _WARNING_SUBOPERATIONS),
+        )
     return OtherRequest(command_field, _us(values, _MESSAGE_ID), sop_class_uid, sop_instance_uid, has_data_set)
 
 
@@ -239,6 +271,42 @@ def encode_c_echo_request(request: CEchoRequest) -> bytes:
         _encode_uid(_AFFECTED_SOP_CLASS_UID, request.affected_sop_class_uid)
         + _encode_us(_COMMAND_FIELD, C_ECHO_RQ)
         + _encode_us(_MESSAGE_ID, request.message_id)
+        + _encode_us(_COMMAND_DATA_SET_TYPE, NO_DATA_SET)
+    )
+
+
+def encode_query_request(
+    command_field: int, message_id: int, sop_class_uid: str, *, priority: int = 0, move_destination: str = ""
+) -> bytes:
+    """Return the command set of C-FIND-RQ, C-GET-RQ or C-MOVE-RQ, whose identifier follows as data set.
+
+    Parameters
+    ----------
+    priority : int
+        0 medium, 1 high, 2 low.
+    move_destination : str
+        AE title, of C-MOVE only.
+
+    References
+    ----------
+    * DICOM PS3.7, 9.3.2.1 (C-FIND-RQ), 9.3.3.1 (C-GET-RQ), 9.3.4.1 (C-MOVE-RQ)
+    """
+    destination = _encode_text(_MOVE_DESTINATION, move_destination, b" ") if move_destination else b""
+    return _command_set(
+        _encode_uid(_AFFECTED_SOP_CLASS_UID, sop_class_uid)
+        + _encode_us(_COMMAND_FIELD, command_field)
+        + _encode_us(_MESSAGE_ID, message_id)
+        + destination
+        + _encode_us(_PRIORITY, priority)
+        + _encode_us(_COMMAND_DATA_SET_TYPE, 0x0000)
+    )
+
+
+def encode_c_cancel_request(message_id: int) -> bytes:
+    """Return the command set of C-CANCEL-RQ for the request with this message id (PS3.7 9.3.2.3)."""
+    return _command_set(
+        _encode_us(_COMMAND_FIELD, C_CANCEL_RQ)
+        + _encode_us(_MESSAGE_ID_BEING_RESPONDED_TO, message_id)
         + _encode_us(_COMMAND_DATA_SET_TYPE, NO_DATA_SET)
     )
 
