@@ -383,6 +383,48 @@ class TooManyResults(RegistryError):
     code = "XDSTooManyResults"
 
 
+class MetadataUpdateError(RegistryError):
+    """An update of metadata breaks a rule for which there is no narrower code (ITI-57)."""
+
+    code = "XDSMetadataUpdateError"
+
+
+class MetadataUpdateOperationError(RegistryError):
+    """What an update asks for is none of the operations of ITI-57."""
+
+    code = "XDSMetadataUpdateOperationError"
+
+
+class MetadataVersionError(RegistryError):
+    """The object has been updated since the version that an update starts from (ITI-57)."""
+
+    code = "XDSMetadataVersionError"
+
+
+class PatientIdReconciliationError(RegistryError):
+    """An update would move an object to another patient (ITI-57)."""
+
+    code = "XDSPatientIDReconciliationError"
+
+
+class ReferencesExist(RegistryError):
+    """An object cannot be removed while an association that stays names it (ITI-62)."""
+
+    code = "ReferencesExistException"
+
+
+class UnreferencedObject(RegistryError):
+    """A removal would leave an object that no association names any more (ITI-62)."""
+
+    code = "XDSUnreferencedObjectException"
+
+
+class RemoveDocumentsError(RegistryError):
+    """A document cannot be removed (ITI-86)."""
+
+    code = "XDSRemoveDocumentsError"
+
+
 class ExtraMetadataNotSaved(RegistryError):
     """Warning: metadata beyond the profile was dropped."""
 

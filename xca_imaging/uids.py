@@ -21,6 +21,8 @@ NS_RIM = "urn:oasis:names:tc:ebxml-regrep:xsd:rim:3.0"  # ebRIM 3.0
 NS_RS = "urn:oasis:names:tc:ebxml-regrep:xsd:rs:3.0"  # ebRS 3.0
 NS_LCM = "urn:oasis:names:tc:ebxml-regrep:xsd:lcm:3.0"
 NS_QUERY = "urn:oasis:names:tc:ebxml-regrep:xsd:query:3.0"
+NS_RMD = "urn:ihe:iti:rmd:2017"  # ITI-86
+NS_HL7V3 = "urn:hl7-org:v3"  # HL7 V3 XML ITS
 
 # --- WS-Addressing 1.0 ------------------------------------------------------------------------------------------------
 WSA_ANONYMOUS = "http://www.w3.org/2005/08/addressing/anonymous"  # Core, 2.1
@@ -41,6 +43,18 @@ ITI42_REQUEST = "urn:ihe:iti:2007:RegisterDocumentSet-b"  # [TF2-42]
 ITI42_RESPONSE = "urn:ihe:iti:2007:RegisterDocumentSet-bResponse"
 ITI43_REQUEST = "urn:ihe:iti:2007:RetrieveDocumentSet"  # [TF2-43]
 ITI43_RESPONSE = "urn:ihe:iti:2007:RetrieveDocumentSetResponse"
+ITI44_ADD = "urn:hl7-org:v3:PRPA_IN201301UV02"  # [TF2-44]
+ITI44_REVISE = "urn:hl7-org:v3:PRPA_IN201302UV02"
+ITI44_MERGE = "urn:hl7-org:v3:PRPA_IN201304UV02"
+ITI44_RESPONSE = "urn:hl7-org:v3:MCCI_IN000002UV01"
+ITI57_REQUEST = "urn:ihe:iti:2010:UpdateDocumentSet"  # XDS Metadata Update, 3.57
+ITI57_RESPONSE = "urn:ihe:iti:2010:UpdateDocumentSetResponse"
+ITI61_REQUEST = "urn:ihe:iti:2010:RegisterOnDemandDocumentEntry"  # [TF2-61]
+ITI61_RESPONSE = "urn:ihe:iti:2010:RegisterOnDemandDocumentResponse"  # [TF2-61]: without "Entry"
+ITI62_REQUEST = "urn:ihe:iti:2010:DeleteDocumentSet"  # Remove Metadata and Documents, 3.62
+ITI62_RESPONSE = "urn:ihe:iti:2010:DeleteDocumentSetResponse"
+ITI86_REQUEST = "urn:ihe:iti:2017:RemoveDocuments"  # Remove Metadata and Documents, 3.86
+ITI86_RESPONSE = "urn:ihe:iti:2017:RemoveDocumentsResponse"
 RAD69_REQUEST = "urn:ihe:rad:2009:RetrieveImagingDocumentSet"  # [RAD-69]
 RAD69_RESPONSE = ITI43_RESPONSE  # [RAD-69]: the answer carries the action of ITI-43
 RAD75_REQUEST = "urn:ihe:rad:2011:CrossGatewayRetrieveImagingDocumentSet"  # [RAD-75]
@@ -71,6 +85,8 @@ XFRM = "urn:ihe:iti:2007:AssociationType:XFRM"
 XFRM_RPLC = "urn:ihe:iti:2007:AssociationType:XFRM_RPLC"
 SIGNS = "urn:ihe:iti:2007:AssociationType:signs"
 IS_SNAPSHOT_OF = "urn:ihe:iti:2010:AssociationType:IsSnapshotOf"
+UPDATE_AVAILABILITY_STATUS = "urn:ihe:iti:2010:AssociationType:UpdateAvailabilityStatus"  # 3.57
+SUBMIT_ASSOCIATION = "urn:ihe:iti:2010:AssociationType:SubmitAssociation"  # 3.57
 
 # --- Reference id types [TF3-4.2, 4.2.3.1.7: CXi] ---------------------------------------------------------------------
 REFERENCE_STUDY_INSTANCE_UID = "urn:ihe:iti:xds:2016:studyInstanceUID"
