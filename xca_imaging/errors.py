@@ -154,6 +154,14 @@ class DicomProtocolError(RemoteProtocolError):
         super().__init__(text)
 
 
+class NotificationError(RemoteProtocolError):
+    """An Instance Availability Notification that is not taken; `status` is the DIMSE status that answers it."""
+
+    def __init__(self, text: str, status: int) -> None:
+        self.status = status
+        super().__init__(text)
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Who may do what
 # --------------------------------------------------------------------------------------------------------------------
