@@ -26,6 +26,7 @@ from xca_imaging.errors import (
     RepositoryOutOfResources,
 )
 from xca_imaging.imaging import decisions as d
+from xca_imaging.imaging.budget import Budget
 from xca_imaging.imaging.ledger import Ledger, Want
 from xca_imaging.imaging.plan import SeriesFetch
 from xca_imaging.imaging.scheduler import Scheduler
@@ -47,9 +48,10 @@ def series(number: int, count: int, *, pacs: str = "main", whole: bool = True, p
 class Bench:
     """A scheduler and a clock; each call is one step."""
 
-    def __init__(self, limit: int = 4, **options: Any) -> None:
+    def __init__(self, limit: int = 4, *, uid_list_limit: int = 128, **options: Any) -> None:
+        budget = Budget(limit, uid_list_limit=uid_list_limit)
         self.scheduler = Scheduler(
-            {"main": limit, "other": limit}, stall_timeout=60.0, randomness=random.Random(1), **options
+            {"main": budget, "other": budget}, stall_timeout=60.0, randomness=random.Random(1), **options
         )
         self.now = 100.0
         self.stores = itertools.count(1)
@@ -69,7 +71,7 @@ class Bench:
         store = next(self.stores)
         out = self.step(d.StoreOffered(store, pacs, sop_class, uid, syntax))
         if any(isinstance(each, d.AcceptStore) for each in out):
-            out += self.step(d.InstanceArrived(store))
+            out += self.step(d.InstanceArrived(store, 1000))
         return out
 
     def sleep(self, seconds: float) -> list[d.Decision]:
@@ -192,7 +194,7 @@ def test_what_comes_within_the_grace_counts() -> None:
     store = 77
     b.step(d.StoreOffered(store, "main", CT, "1.4.1.2", EXPLICIT))
     assert of(d.FailInstance, b.sleep(1.0)) == []  # it is arriving: the grace does not end it
-    assert len(of(d.CompleteInstance, b.step(d.InstanceArrived(store)))) == 1
+    assert len(of(d.CompleteInstance, b.step(d.InstanceArrived(store, 1000)))) == 1
     assert b.scheduler.waiting == 0
 
 
@@ -329,7 +331,7 @@ def test_bytes_are_progress() -> None:
     b.ask(1, series(1, 1))
     b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
     for _ in range(10):
-        assert of(d.CancelMove, b.step(d.BytesArrived(1), 50.0)) == []
+        assert of(d.CancelMove, b.step(d.BytesArrived(1, 1000), 50.0)) == []
 
 
 def test_different_lists_wait_for_each_other_and_nothing_overtakes() -> None:
@@ -421,7 +423,7 @@ def test_two_claims_to_one_instance_are_verified() -> None:
     b.ask(1, SeriesFetch("main", "1.2", "1.3.1", (mine,), 1), SeriesFetch("main", "1.2", "1.3.2", (yours,), 1))
     (accept,) = of(d.AcceptStore, b.step(d.StoreOffered(1, "main", CT, "1.4.1", EXPLICIT)))
     assert accept.verify
-    out = b.step(d.InstanceArrived(1, "1.2", "1.3.2"))
+    out = b.step(d.InstanceArrived(1, 1000, "1.2", "1.3.2"))
     assert [each.want for each in of(d.CompleteInstance, out)] == [yours]
     assert [each.want for each in of(d.FailInstance, out)] == [mine]
 
@@ -459,7 +461,8 @@ class Simulation:
     def __init__(self, seed: int, limits: dict[str, int]) -> None:
         self.random = random.Random(seed)
         self.limits = limits
-        self.scheduler = Scheduler(limits, stall_timeout=30.0, randomness=random.Random(seed), uid_list_limit=3)
+        budgets = {name: Budget(limit, uid_list_limit=3) for name, limit in limits.items()}
+        self.scheduler = Scheduler(budgets, stall_timeout=30.0, randomness=random.Random(seed))
         self.now = 0.0
         self.agenda: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count(1)
@@ -574,7 +577,7 @@ class Simulation:
         if not of(d.AcceptStore, out):
             return
         broken = self.random.random() < 0.1
-        end: d.Event = d.StoreBroken(store, "aborted") if broken else d.InstanceArrived(store)
+        end: d.Event = d.StoreBroken(store, "aborted") if broken else d.InstanceArrived(store, 1000)
 
         def finish() -> None:
             if not broken:
@@ -698,7 +701,7 @@ def test_what_was_withdrawn_and_comes_all_the_same_is_refused() -> None:
     assert b.scheduler.waiting == 0
 
 
-@pytest.mark.parametrize("event", [d.InstanceArrived(1), d.StoreBroken(1, "")])
+@pytest.mark.parametrize("event", [d.InstanceArrived(1, 1000), d.StoreBroken(1, "")])
 def test_unknown_numbers_are_defects(event: d.Event) -> None:
     with pytest.raises(KeyError):
         Bench().step(event)

@@ -27,7 +27,7 @@ Method = Literal["c-move", "c-get", "wado-rs"]
 
 
 class Priority(enum.IntEnum):
-    """How urgent a request is. Carried with it; requests are served in the order in which they came."""
+    """How urgent a request is."""
 
     EMERGENCY = 0
     ROUTINE = 1
@@ -36,7 +36,10 @@ class Priority(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request wants what its plan names. `room` is what the spool can take, in bytes."""
+    """A request wants what its plan names.
+
+    `room` is what the spool can take, in bytes. PACSs are shared between askers (communities) by their weights.
+    """
 
     request: int
     fetches: tuple[SeriesFetch, ...]
@@ -44,6 +47,18 @@ class Asked:
     room: int
     asker: str = "local"
     priority: Priority = Priority.ROUTINE
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Throttled:
+    """The consumer of a request is slow and the spool high, or no longer so.
+
+    Meanwhile nothing new is started for it, and a move that stands still for it is not given up.
+    """
+
+    request: int
+    is_throttled: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +118,18 @@ class StoreOffered:
 
 @dataclass(frozen=True, slots=True)
 class BytesArrived:
-    """Bytes of an accepted store came; enough to be told once in a while."""
+    """Bytes of an accepted store came: `size` since the last word of it. Enough to be told once in a while."""
 
     store: int
+    size: int
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceArrived:
-    """A store is whole and spooled. Study and series stand here when they were read from the object."""
+    """A store is whole and spooled, `size` bytes in all. Study and series stand here when read from the object."""
 
     store: int
+    size: int
     study_instance_uid: str = ""
     series_instance_uid: str = ""
 
@@ -135,12 +152,20 @@ class SyntaxesRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class ClockRead:
+    """The wall clock shows this local time, in seconds since midnight; for PACSs with `hours`, at least once a day."""
+
+    seconds_of_day: float
+
+
+@dataclass(frozen=True, slots=True)
 class Woke:
     """The time of a `WakeAt` has come."""
 
 
 Event = (
     Asked
+    | Throttled
     | Withdrawn
     | QueryAsked
     | QueryFinished
@@ -151,6 +176,7 @@ Event = (
     | InstanceArrived
     | StoreBroken
     | SyntaxesRefused
+    | ClockRead
     | Woke
 )
 
@@ -161,15 +187,21 @@ Event = (
 
 @dataclass(frozen=True, slots=True)
 class StartMove:
-    """Ask a PACS to send to our Storage SCP."""
+    """Make a PACS send.
+
+    `series_instance_uid` is empty at STUDY level. `instances` are those that are wanted, at every level;
+    `sop_classes` names the SOP class of those for which C-FIND told it.
+    """
 
     move: int
     pacs: str
+    method: Method
     level: Level
     study_instance_uid: str
     series_instance_uid: str
     instances: tuple[str, ...]
     accept: tuple[str, ...]
+    sop_classes: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +270,14 @@ class LoseInstance:
 
 @dataclass(frozen=True, slots=True)
 class CompleteInstance:
-    """It is held; `store` brought it."""
+    """It is held; `store` brought it, from `pacs` by `method` (of the last move that was to bring it)."""
 
     request: int
     want: Want
     store: int
     attempts: int
+    pacs: str
+    method: Method
 
 
 @dataclass(frozen=True, slots=True)

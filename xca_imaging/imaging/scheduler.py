@@ -37,6 +37,7 @@ from xca_imaging.errors import (
     RepositoryOutOfResources,
     Retry,
 )
+from xca_imaging.imaging.budget import Budget
 from xca_imaging.imaging.decisions import (
     AcceptStore,
     Asked,
@@ -77,8 +78,8 @@ class Scheduler:
 
     Parameters
     ----------
-    limits : mapping
-        PACS name -> associations that we may have with it at a time.
+    budgets : mapping
+        PACS name -> what may be asked of it.
     stall_timeout : float
         Seconds without a wanted byte after which a move is given up.
     randomness : random.Random
@@ -94,8 +95,6 @@ class Scheduler:
     grace : float
         Seconds for instances that a PACS sends after the final C-MOVE response: seen in products that answer from
         one thread and send from another; a network is not slower than that.
-    uid_list_limit : int
-        SOP Instance UIDs in one IMAGE level move; see `backends.cmove.UID_LIST_LIMIT`.
     max_waiting : int
         Instances that may wait at all. Each costs about 1 KB; a hundred CT studies of 2000 images fit.
     min_room : int
@@ -107,7 +106,7 @@ class Scheduler:
 
     def __init__(
         self,
-        limits: Mapping[str, int],
+        budgets: Mapping[str, Budget],
         *,
         stall_timeout: float,
         randomness: random.Random,
@@ -116,15 +115,15 @@ class Scheduler:
         backoff: float = 0.5,
         max_backoff: float = 15.0,
         grace: float = 1.0,
-        uid_list_limit: int = 128,
         max_waiting: int = 200_000,
         min_room: int = 2**20,
     ) -> None:
         self._stall_timeout, self._random = stall_timeout, randomness
         self._max_attempts, self._busy_attempts = max_attempts, busy_attempts
         self._backoff, self._max_backoff, self._grace = backoff, max_backoff, grace
-        self._uid_list_limit, self._max_waiting, self._min_room = uid_list_limit, max_waiting, min_room
-        self._pacs = {name: Pacs(name, limit, limit) for name, limit in limits.items()}
+        self._max_waiting, self._min_room = max_waiting, min_room
+        self._budgets = budgets
+        self._pacs = {name: Pacs(name, each.associations, each.associations) for name, each in budgets.items()}
         self._fetches: dict[Key, Fetch] = {}
         self._by_uid: dict[str, list[Fetch]] = {}
         self._by_request: dict[int, dict[Fetch, None]] = {}
@@ -254,7 +253,10 @@ class Scheduler:
 
     def _complete(self, fetch: Fetch, store: int) -> None:
         for request, wants in fetch.waiters.items():
-            self._out += [CompleteInstance(request, want, store, fetch.attempts) for want in wants]
+            self._out += [
+                CompleteInstance(request, want, store, fetch.attempts, fetch.pacs, self._budgets[fetch.pacs].methods[0])
+                for want in wants
+            ]
         self._close(fetch)
 
     def _fail(self, fetch: Fetch, error: RegistryError) -> None:
@@ -317,7 +319,8 @@ class Scheduler:
         fetches = batch.take_whole()
         if not fetches:
             level = "IMAGE"
-            fetches = batch.take(1 if batch.is_single or pacs.lists_fail else self._uid_list_limit)
+            limit = self._budgets[pacs.name].uid_list_limit
+            fetches = batch.take(1 if batch.is_single or pacs.lists_fail else limit)
         pacs.accept = batch.accept
         move = Move(
             next(self._numbers), pacs, level, batch.accept, batch.order, dict.fromkeys(fetches), len(fetches), now
@@ -332,11 +335,13 @@ class Scheduler:
             StartMove(
                 move.id,
                 pacs.name,
+                self._budgets[pacs.name].methods[0],
                 level,
                 fetches[0].study,
                 fetches[0].series,
                 tuple(fetch.uid for fetch in fetches),
                 batch.accept,
+                {fetch.uid: fetch.sop_class for fetch in fetches if fetch.sop_class},
             )
         )
         self._at(now + self._stall_timeout, lambda time: self._watch(move, time))
