@@ -23,6 +23,7 @@ from xca_imaging.errors import ConfigurationError
 _DURATION_UNITS = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _OID = re.compile(r"[0-2](\.(0|[1-9][0-9]*))+")
+_HOURS = re.compile(r"((?:[01][0-9]|2[0-3]):[0-5][0-9])-((?:[01][0-9]|2[0-3]):[0-5][0-9]|24:00)")
 _AE_TITLE = re.compile(r"[ -\[\]-~]{1,16}")  # PS3.5 6.2, VR AE: default repertoire without backslash and controls
 
 
@@ -72,6 +73,13 @@ def _url(value: str) -> str:
     return value
 
 
+def _hours(value: str) -> str:
+    match = _HOURS.fullmatch(value)
+    if not match or match[1] == match[2]:
+        raise ValueError('write times of day as "20:00-06:00", from 00:00 to 24:00, start and end different')
+    return value
+
+
 Duration = Annotated[float, BeforeValidator(_duration)]
 """Seconds."""
 Size = Annotated[int, BeforeValidator(_size)]
@@ -80,6 +88,8 @@ Oid = Annotated[str, AfterValidator(_oid)]
 HomeCommunityId = Annotated[str, AfterValidator(_home_community_id)]
 AeTitle = Annotated[str, AfterValidator(_ae_title)]
 Url = Annotated[str, AfterValidator(_url)]
+Hours = Annotated[str, AfterValidator(_hours)]
+"""Local times of day, start and end; the end may be that of the next day."""
 Port = Annotated[int, Field(ge=0, le=65535)]
 RemotePort = Annotated[int, Field(ge=1, le=65535)]
 
@@ -165,10 +175,15 @@ class Pacs(Section):
     port: RemotePort
     retrieve_location_uid: Oid
     retrieve: Literal["c-move", "c-get", "wado-rs"] = "c-move"
+    fallback: tuple[Literal["c-move", "c-get", "wado-rs"], ...] = ()
     max_associations: Annotated[int, Field(ge=1, le=64)] = 4
     wado_rs: Url = ""
     assigning_authority: Oid = ""
     transcode: bool = False
+    bytes_per_second: Size = 0
+    hours: tuple[Hours, ...] = ()
+    level: Literal["auto", "study", "series", "image"] = "auto"
+    uid_list_limit: Annotated[int, Field(ge=1, le=1000)] = 128
 
 
 class Publish(Section):
@@ -451,6 +466,11 @@ def _cross_checks(settings: Settings) -> list[ConfigurationError]:
     for index, pacs in enumerate(settings.pacs):
         if not pacs.retrieve_location_uid:
             wrong(f"pacs[{index}].retrieve_location_uid", "is required and empty", "give the OID that RAD-69 carries")
+        methods = (pacs.retrieve, *pacs.fallback)
+        if len(set(methods)) < len(methods):
+            wrong(f"pacs[{index}].fallback", f"{methods} names one twice", "leave out what retrieve names already")
+        if "wado-rs" in pacs.fallback and not pacs.wado_rs:
+            wrong(f"pacs[{index}].wado_rs", "is empty and fallback names wado-rs", "give the base URL of its WADO-RS")
     found.extend(_not_yet(settings))
     return found
 
@@ -472,6 +492,7 @@ def _not_yet(settings: Settings) -> list[ConfigurationError]:
     }
     for index, pacs in enumerate(settings.pacs):
         asked[f"pacs[{index}].retrieve"] = pacs.retrieve != "c-move"
+        asked[f"pacs[{index}].fallback"] = bool(pacs.fallback)
         asked[f"pacs[{index}].transcode"] = pacs.transcode
     for index, community in enumerate(settings.community):
         asked[f"community[{index}].patient_discovery"] = bool(community.patient_discovery)
