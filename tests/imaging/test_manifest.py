@@ -17,7 +17,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from tests.imaging import studies
-from tests.support import peers
+from tests.support import peers, rejection
 from tests.support.shared import shared_path
 from xca_imaging import uids
 from xca_imaging.errors import ManifestError
@@ -329,6 +329,52 @@ def test_rejection_notes_are_not_manifests(code: str) -> None:
     ds.ConceptNameCodeSequence[0].CodeValue = code
     with pytest.raises(ManifestError, match="rejection note"):
         manifest.read(written(ds))
+
+
+@pytest.mark.parametrize("code", ["113001", "113037", "113038", "113039"])
+def test_a_rejection_note_says_what_it_rejects(code: str) -> None:
+    note = rejection.note("1.2.3", {"1.2.3.1": ["1.2.3.1.1", "1.2.3.1.2"]}, code=code)
+    found = manifest.read_rejection(written(note))
+    assert found is not None
+    assert found.sop_instance_uid == note.SOPInstanceUID
+    assert found.reason == manifest.REJECTION_NOTES[code, "DCM"]
+    assert found.sop_instance_uids == {"1.2.3.1.1", "1.2.3.1.2"}
+
+
+def test_what_a_rejection_note_names_in_one_place_only_is_rejected() -> None:
+    note = rejection.note("1.2.3", {"1.2.3.1": ["1.2.3.1.1", "1.2.3.1.2", "1.2.3.1.3"]})
+    del note.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    del note.ContentSequence[2]
+    deeper = Dataset()
+    deeper.RelationshipType, deeper.ValueType = "CONTAINS", "CONTAINER"
+    deeper.ContentSequence, note.ContentSequence = note.ContentSequence, [deeper]
+    found = manifest.read_rejection(written(note))
+    assert found is not None
+    assert found.sop_instance_uids == {"1.2.3.1.1", "1.2.3.1.2", "1.2.3.1.3"}
+
+
+@pytest.mark.parametrize(("code", "scheme"), [("113000", "DCM"), ("113030", "DCM"), ("113001", "99LOCAL")])
+def test_other_key_objects_reject_nothing(code: str, scheme: str) -> None:
+    note = rejection.note("1.2.3", {"1.2.3.1": ["1.2.3.1.1"]}, code=code)
+    note.ConceptNameCodeSequence[0].CodingSchemeDesignator = scheme
+    assert manifest.read_rejection(written(note)) is None
+
+
+def test_a_rejection_note_that_cannot_be_understood_is_refused() -> None:
+    note = rejection.note("1.2.3", {"1.2.3.1": ["1.2.3.1.1"]})
+    del note.CurrentRequestedProcedureEvidenceSequence
+    del note.ContentSequence
+    with pytest.raises(ManifestError, match="does not say what it rejects"):
+        manifest.read_rejection(written(note))
+    note = rejection.note("1.2.3", {"1.2.3.1": ["1.2.3.1.1"]})
+    for _ in range(40):
+        deeper = Dataset()
+        deeper.RelationshipType, deeper.ValueType = "CONTAINS", "CONTAINER"
+        deeper.ContentSequence, note.ContentSequence = note.ContentSequence, [deeper]
+    with pytest.raises(ManifestError, match="deeper than"):
+        manifest.read_rejection(written(note))
+    with pytest.raises(ManifestError, match="SOP Class"):
+        manifest.read_rejection(b"%PDF-1.7")
 
 
 def test_an_image_is_not_a_manifest() -> None:

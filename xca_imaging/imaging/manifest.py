@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 from pydicom import config, dcmread
 from pydicom.datadict import dictionary_VR, tag_for_keyword
@@ -43,6 +44,8 @@ from xca_imaging.imaging.study import (
 )
 from xca_imaging.metadata.model import Code
 
+Read = TypeVar("Read")
+
 TITLE_MANIFEST = Code("113030", "DCM", "Manifest")  # PS3.16 CID 7010
 
 REJECTION_NOTES = {  # PS3.16 CID 7010 and 7011: instances to hide, the opposite of a manifest
@@ -57,6 +60,9 @@ MAX_BYTES = 32 * 10**6
 MAX_ITEMS = 200_000
 """Sequence items: a manifest has three an instance, one with description about ten, and the largest studies 20 000
 instances. Each costs 1.7 kB of memory and 35 us to read, so a small file of empty items could take gigabytes."""
+
+_MAX_DEPTH = 32
+"""Of a rejection note's content tree; TID 2010 has one level."""
 
 _DEFLATED = b"1.2.840.10008.1.2.1.99"  # PS3.5 A.5, Deflated Explicit VR Little Endian
 _ITEM_TAGS = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00")  # PS3.5 7.5.1 (FFFE,E000), little and big endian
@@ -132,6 +138,17 @@ class Manifest:
     def same_content(self, other: Manifest) -> bool:
         """Tell whether both say the same, whatever they are called, when they were made and in which order."""
         return _unordered(self) == _unordered(other)
+
+
+@dataclass(frozen=True, slots=True)
+class Rejection:
+    """A rejection note (IHE Imaging Object Change Management): instances that an archive keeps and nobody is to see."""
+
+    sop_instance_uid: str
+    reason: str
+    """Its title, in words."""
+    sop_instance_uids: frozenset[str]
+    """What it rejects, of whatever study."""
 
 
 def _unordered(manifest: Manifest) -> tuple[Manifest, frozenset[tuple[str, ...]], frozenset[ImagingRequest]]:
@@ -372,6 +389,25 @@ def read(source: bytes | Path, *, max_bytes: int = MAX_BYTES, max_items: int = M
     ManifestError
         Not DICOM, not a Key Object Selection, a rejection note, over a limit, or an instance that cannot be named.
     """
+    return _read(source, _manifest, max_bytes, max_items)
+
+
+def read_rejection(source: bytes | Path, *, max_bytes: int = MAX_BYTES, max_items: int = MAX_ITEMS) -> Rejection | None:
+    """Read a rejection note; return None for a Key Object Selection document of any other title.
+
+    What the note names anywhere is rejected, in its evidence or in its content tree: one that names an instance in
+    one of the two only is wrong in form, but not in what it wants hidden.
+
+    Raises
+    ------
+    ManifestError
+        Not DICOM, not a Key Object Selection, over a limit, or a note that does not say what it rejects.
+    """
+    return _read(source, _rejection, max_bytes, max_items)
+
+
+def _read(source: bytes | Path, understand: Callable[[Attributes], Read], max_bytes: int, max_items: int) -> Read:
+    """Read a dataset, bounded, and make of it what `understand` does."""
     if isinstance(source, Path):
         try:
             with source.open("rb") as stream:
@@ -386,7 +422,7 @@ def read(source: bytes | Path, *, max_bytes: int = MAX_BYTES, max_items: int = M
     if sum(data.count(tag) for tag in _ITEM_TAGS) > max_items:
         raise ManifestError(f"a manifest of more than {max_items} sequence items is not read")
     try:
-        return _manifest(Attributes(dcmread(io.BytesIO(data), force=True)))
+        return understand(Attributes(dcmread(io.BytesIO(data), force=True)))
     except ManifestError:
         raise
     except Exception as exc:
@@ -413,12 +449,8 @@ def _inflated(data: bytes, max_bytes: int) -> bytes:
 
 
 def _manifest(ds: Attributes) -> Manifest:
-    sop_class = ds.text("SOPClassUID")
-    if sop_class != uids.KOS_SOP_CLASS:
-        raise ManifestError(f"not a Key Object Selection document: its SOP Class is {sop_class or 'missing'!r}")
+    title = _title(ds)
     warnings: list[str] = []
-    name = ds.first("ConceptNameCodeSequence")
-    title = Code(name.text("CodeValue"), name.text("CodingSchemeDesignator"), name.text("CodeMeaning"))
     if (title.code, title.scheme) in REJECTION_NOTES:
         reason = REJECTION_NOTES[title.code, title.scheme]
         raise ManifestError(f"a rejection note ({reason}) is not a manifest")
@@ -445,6 +477,42 @@ def _manifest(ds: Attributes) -> Manifest:
         requests=read_requests(ds, "ReferencedRequestSequence"),
         warnings=tuple(warnings),
     )
+
+
+def _title(ds: Attributes) -> Code:
+    sop_class = ds.text("SOPClassUID")
+    if sop_class != uids.KOS_SOP_CLASS:
+        raise ManifestError(f"not a Key Object Selection document: its SOP Class is {sop_class or 'missing'!r}")
+    name = ds.first("ConceptNameCodeSequence")
+    return Code(name.text("CodeValue"), name.text("CodingSchemeDesignator"), name.text("CodeMeaning"))
+
+
+def _rejection(ds: Attributes) -> Rejection | None:
+    title = _title(ds)
+    reason = REJECTION_NOTES.get((title.code, title.scheme))
+    if reason is None:
+        return None
+    uid = _uid(ds, "SOPInstanceUID", "the rejection note")
+    where = f"rejection note {uid}"
+    found = {
+        _uid(sop, "ReferencedSOPInstanceUID", where)
+        for study in ds.items("CurrentRequestedProcedureEvidenceSequence")
+        for series in study.items("ReferencedSeriesSequence")
+        for sop in series.items("ReferencedSOPSequence")
+    }
+    level = [ds]
+    for _ in range(_MAX_DEPTH):
+        level = [item for parent in level for item in parent.items("ContentSequence")]
+        found.update(
+            _uid(sop, "ReferencedSOPInstanceUID", where)
+            for item in level
+            for sop in item.items("ReferencedSOPSequence")
+        )
+    if level:
+        raise ManifestError(f"{where}: its content tree is deeper than {_MAX_DEPTH} levels")
+    if not found:
+        raise ManifestError(f"{where} does not say what it rejects")
+    return Rejection(uid, reason, frozenset(found))
 
 
 def _studies(ds: Attributes, warnings: list[str]) -> tuple[StudyReference, ...]:

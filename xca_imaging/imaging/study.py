@@ -11,6 +11,7 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
@@ -113,6 +114,21 @@ class StudyContents:
     @property
     def number_of_instances(self) -> int:
         return sum(len(series.instances) for series in self.series)
+
+    def without(self, sop_instance_uids: Collection[str]) -> StudyContents:
+        """Return the study as if it had never had these instances; a series that loses all of them is empty."""
+        return replace(
+            self,
+            series=tuple(
+                replace(
+                    series,
+                    instances=tuple(
+                        each for each in series.instances if each.sop_instance_uid not in sop_instance_uids
+                    ),
+                )
+                for series in self.series
+            ),
+        )
 
     @property
     def requests(self) -> tuple[ImagingRequest, ...]:
