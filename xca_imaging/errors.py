@@ -475,11 +475,26 @@ class ManifestError(ImagingError):
     """A KOS manifest cannot be built or read."""
 
 
+class StudyNotFound(ManifestError):
+    """The PACS answers to the end and has no such study."""
+
+
 class SpoolFull(ImagingError):
     """The spool's quota, or the disk behind it, has no room; DIMSE status 0xA700."""
 
     registry_error = RepositoryOutOfResources
     retry = Retry.LATER
+
+
+class SpoolInUse(ImagingError):
+    """Another process has the directory of the spool."""
+
+    def __init__(self, directory: str) -> None:
+        super().__init__(f"{directory} is in use by another process")
+
+
+class ArrivalBroken(ImagingError):
+    """An instance that somebody read along while it arrived broke off."""
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from xca_imaging.errors import (
     PeerProtocolError,
     PeerRefused,
     PeerTimeout,
+    StudyNotFound,
 )
 from xca_imaging.imaging.attributes import Attributes
 from xca_imaging.imaging.backends.association import associate
@@ -202,13 +203,15 @@ class Finder:
 
         Raises
         ------
+        StudyNotFound
+            There is no such study.
         ManifestError
-            There is no such study, its numbers do not agree (it may be changing), or SOP Classes cannot be learnt.
+            Its numbers do not agree (it may be changing), or SOP Classes cannot be learnt.
         """
         with self._link() as link:
             studies = self._studies(link, study_instance_uid)
             if not studies:
-                raise ManifestError(f"{self.pacs.name} has no study {study_instance_uid}")
+                raise StudyNotFound(f"{self.pacs.name} has no study {study_instance_uid}")
             study = studies[0]
             patient_id = study.patient.id
             series = [
