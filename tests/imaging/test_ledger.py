@@ -85,3 +85,27 @@ def test_success_only_when_everything_is_held() -> None:
     ledger = Ledger([want(1)])
     apply(ledger, Event.FAIL, want(1))
     assert ledger.outcome().status == uids.STATUS_FAILURE
+
+
+def test_summary_counts_what_the_entries_say() -> None:
+    ledger = Ledger([want(n) for n in range(1, 7)])
+    ledger.hold(want(1), size=10, transfer_syntax_uid=uids.EXPLICIT_VR_LITTLE_ENDIAN, sha256="ab")
+    ledger.hold(want(2), size=20, transfer_syntax_uid="1.2", attempts=1, pacs="main", method="c-move")
+    ledger.hold(want(3), size=30, transfer_syntax_uid="1.2", attempts=2, method="c-get", bytes_changed=True)
+    ledger.fail(want(4), ERROR)
+    ledger.begin(want(5))
+    summary = ledger.summary()
+    assert (summary.wanted, summary.held, summary.failed, summary.open) == (6, 3, 1, 2)
+    assert (summary.cached, summary.retried, summary.changed, summary.size) == (1, 1, 1, 60)
+    assert summary.methods == {"c-move": 1, "c-get": 1}
+    assert summary.errors == {"XDSDocumentUniqueIdError": 1}
+    assert summary.status == ledger.outcome().status == uids.STATUS_PARTIAL_SUCCESS
+
+
+def test_a_digest_belongs_to_what_is_held() -> None:
+    ledger = Ledger([want(1)])
+    with pytest.raises(LocalProtocolError, match="missing"):
+        ledger.digest(want(1), "ab")
+    apply(ledger, Event.HOLD, want(1))
+    ledger.digest(want(1), "ab")
+    assert ledger[want(1)].sha256 == "ab"

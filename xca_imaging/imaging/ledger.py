@@ -12,7 +12,8 @@ References
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from xca_imaging import uids
@@ -68,7 +69,20 @@ TRANSITIONS: dict[tuple[State, Event], State] = {
 class Entry:
     """One line of the ledger.
 
-    `attempts` counts the moves that were to bring the instance; 0 when it was held before or refused at once.
+    Attributes
+    ----------
+    error : RegistryError, optional
+        Why it will not come.
+    size : int
+        Bytes as they are delivered.
+    sha256 : str
+        Of these bytes, lower-case hexadecimal; empty until they have passed once.
+    attempts : int
+        Moves that were to bring it; 0 when it was held before or refused at once.
+    pacs, method : str
+        Which PACS sent it, and how; empty when it was held before.
+    bytes_changed : bool
+        True when it was transcoded here: not the bytes that the PACS sent.
     """
 
     want: Want
@@ -77,6 +91,38 @@ class Entry:
     size: int = 0
     transfer_syntax_uid: str = ""
     attempts: int = 0
+    sha256: str = ""
+    pacs: str = ""
+    method: str = ""
+    bytes_changed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A ledger in numbers, for metrics, logs and audit.
+
+    `wanted` is the sum of `held`, `failed` and `open`. `cached` are those held without a move, `retried` those held
+    after more than one, `changed` those transcoded; `size` is of all that are held, in bytes. `methods` counts what was
+    held by the way it came, `errors` what failed by error code.
+    """
+
+    wanted: int
+    held: int
+    failed: int
+    open: int
+    cached: int
+    retried: int
+    changed: int
+    size: int
+    methods: Mapping[str, int]
+    errors: Mapping[str, int]
+
+    @property
+    def status(self) -> str:
+        """The ResponseStatusType (ITI TF-3, 4.2.4.1): Success only when everything wanted is held."""
+        if self.held == self.wanted:
+            return uids.STATUS_SUCCESS
+        return uids.STATUS_PARTIAL_SUCCESS if self.held else uids.STATUS_FAILURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +175,29 @@ class Ledger:
         """The arrival broke off; it is missing again."""
         self._move(want, Event.LOSE)
 
-    def hold(self, want: Want, *, size: int, transfer_syntax_uid: str, attempts: int = 0) -> None:
+    def hold(
+        self,
+        want: Want,
+        *,
+        size: int,
+        transfer_syntax_uid: str,
+        attempts: int = 0,
+        pacs: str = "",
+        method: str = "",
+        bytes_changed: bool = False,
+        sha256: str = "",
+    ) -> None:
         """It is in the spool, whole."""
         entry = self._move(want, Event.HOLD)
         entry.size, entry.transfer_syntax_uid, entry.attempts = size, transfer_syntax_uid, attempts
+        entry.pacs, entry.method, entry.bytes_changed, entry.sha256 = pacs, method, bytes_changed, sha256
+
+    def digest(self, want: Want, sha256: str) -> None:
+        """Its bytes have passed, and this is their SHA-256."""
+        entry = self[want]
+        if entry.state is not State.HELD:
+            raise LocalProtocolError(f"instance {want.sop_instance_uid} is {entry.state.value}: it has no digest")
+        entry.sha256 = sha256
 
     def fail(self, want: Want, error: RegistryError, *, attempts: int = 0) -> None:
         """It will not come, and `error` tells the requester why."""
@@ -146,6 +211,23 @@ class Ledger:
             held=tuple(e.want for e in entries if e.state is State.HELD),
             failed=tuple((e.want, e.error) for e in entries if e.error is not None),
             missing=tuple(e.want for e in entries if e.state in (State.MISSING, State.ARRIVING)),
+        )
+
+    def summary(self) -> Summary:
+        """Count."""
+        held = [entry for entry in self if entry.state is State.HELD]
+        errors = [entry.error.code for entry in self if entry.error is not None]
+        return Summary(
+            wanted=len(self),
+            held=len(held),
+            failed=len(errors),
+            open=self._open,
+            cached=sum(entry.attempts == 0 for entry in held),
+            retried=sum(entry.attempts > 1 for entry in held),
+            changed=sum(entry.bytes_changed for entry in held),
+            size=sum(entry.size for entry in held),
+            methods=Counter(entry.method for entry in held if entry.method),
+            errors=Counter(errors),
         )
 
     def _move(self, want: Want, event: Event) -> Entry:
