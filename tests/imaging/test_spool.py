@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from pydicom import dcmread
 
 from xca_imaging import uids
-from xca_imaging.errors import SpoolFull
-from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter, encode_file_meta
+from xca_imaging.errors import ArrivalBroken, LocalProtocolError, SpoolFull, SpoolInUse
+from xca_imaging.imaging import spool as spool_module
+from xca_imaging.imaging.file_meta import encode_file_meta
+from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 EXPLICIT = uids.EXPLICIT_VR_LITTLE_ENDIAN
@@ -349,31 +352,311 @@ def test_attachment_on_a_full_disk(spool: Spool) -> None:
     assert files(spool) == []
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
+# --- marks ----------------------------------------------------------------------------------------------------------
 
 
-def test_leftovers_of_a_crashed_run_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    script = (
-        "import os, sys; from pathlib import Path; from xca_imaging.imaging.spool import Spool\n"
-        "s = Spool(Path(sys.argv[1]), max_bytes=10**6, retention=1)\n"
-        "s.create_attachment().write(b'half'); os._exit(9)"
-    )
-    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], timeout=30, check=False).returncode == 9
-    (tmp_path / "kept.txt").write_text("not ours")
-    assert len(list(tmp_path.glob("run-*/*"))) == 1
-    spool = make_spool(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept.txt", spool.folder.name]
+def test_levels_count_what_cannot_be_evicted(tmp_path: Path) -> None:
+    levels: list[bool] = []
+    spool = make_spool(tmp_path, 10_000, high_water=0.5, low_water=0.2)
+    spool.on_level = levels.append
+    instances = [store(spool, f"1.2.{n}") for n in range(10)]
+    assert levels == []  # the spool is full, of what may go
+    for instance in instances[:4]:
+        instance.hold()
+    assert not spool.is_high
+    instances[4].hold()
+    assert (levels, spool.is_high) == ([True], True)
+    instances[4].release()
+    instances[3].release()
+    assert spool.is_high  # between the marks it stays what it was
+    instances[2].release()
+    assert levels == [True, False]
     spool.close()
-    assert [path.name for path in tmp_path.iterdir()] == ["kept.txt"]
 
 
-def test_two_spools_in_one_directory_leave_each_other_alone(tmp_path: Path) -> None:
+def test_writing_reaches_the_high_mark_in_mid_object(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path, 10_000, high_water=0.5, low_water=0.2)
+    writer = begin(spool)
+    writer.write(memoryview(bytes(4000)))
+    assert not spool.is_high
+    writer.write(memoryview(bytes(2000)))
+    assert spool.is_high
+    writer.discard()
+    assert not spool.is_high
+    spool.close()
+
+
+# --- siblings -------------------------------------------------------------------------------------------------------
+
+
+def adopt(spool: Spool, name: str, size: int, reserved: int) -> SpooledInstance:
+    return spool.adopt(
+        name,
+        size,
+        checksum="0" * 32,
+        sop_class_uid=CT,
+        sop_instance_uid="1.2.30",
+        transfer_syntax_uid=EXPLICIT,
+        reserved=reserved,
+    )
+
+
+def test_a_sibling_writes_within_what_it_was_lent(tmp_path: Path) -> None:
+    spool = make_spool(tmp_path, 5000)
+    spool.reserve(4000)
+    with pytest.raises(SpoolFull):
+        spool.reserve(1001)
+    name = spool.new_name("r1") + "-1"
+    (spool.folder / name).write_bytes(bytes(1500))
+    instance = adopt(spool, name, 1500, reserved=1500)
+    assert (spool.find("1.2.30"), spool.used_bytes) == (instance, 4000)
+    spool.unreserve(2500)
+    assert spool.used_bytes == 1500
+    spool.close()
+
+
+def test_what_a_sibling_has_not_written_whole_is_not_adopted(spool: Spool) -> None:
+    name = spool.new_name("r1") + "-1"
+    with pytest.raises(LocalProtocolError):
+        adopt(spool, name, 10, reserved=0)
+    (spool.folder / name).write_bytes(bytes(9))
+    with pytest.raises(LocalProtocolError, match="9 bytes, not 10"):
+        adopt(spool, name, 10, reserved=0)
+    assert (spool.find("1.2.30"), spool.used_bytes) == (None, 0)
+
+
+# --- reading along --------------------------------------------------------------------------------------------------
+
+
+async def test_several_read_an_instance_while_it_arrives(spool: Spool) -> None:
+    writer = begin(spool)
+    content = os.urandom(100_000)
+
+    async def follow(at_least: int, at_most: int) -> bytes:
+        received = b""
+        with writer.reader() as reader:
+            while data := await reader.read(at_least, at_most):
+                assert len(data) <= at_most
+                received += data
+        return received
+
+    readers = [asyncio.create_task(follow(*bounds)) for bounds in ((1, 1 << 20), (5000, 7000), (1 << 20, 1 << 20))]
+    for start in range(0, len(content), 1000):
+        writer.write(memoryview(content[start : start + 1000]))
+        await asyncio.sleep(0)
+    late = asyncio.create_task(follow(1, 10_000))
+    await asyncio.sleep(0)
+    instance = writer.commit()
+    expected = instance.path.read_bytes()
+    assert expected[META:] == content
+    for reader in [*readers, late]:
+        assert await reader == expected
+
+
+async def test_who_reads_along_learns_that_it_broke_off(spool: Spool) -> None:
+    writer = begin(spool)
+    writer.write(memoryview(DATA_SET))
+    with writer.reader() as reader:
+        assert await reader.read(1, 1000) == writer_file(spool)
+        task = asyncio.create_task(reader.read(1, 1000))
+        await asyncio.sleep(0)
+        writer.discard()
+        with pytest.raises(ArrivalBroken):
+            await task
+
+
+def writer_file(spool: Spool) -> bytes:
+    (file,) = spool.folder.iterdir()
+    return file.read_bytes()
+
+
+# --- over restarts --------------------------------------------------------------------------------------------------
+
+
+def place(instance: SpooledInstance) -> SpooledInstance:
+    instance.place("1.2", "1.2.3", [EXPLICIT, JPEG], source="main")
+    return instance
+
+
+def killed(directory: Path, script: str) -> None:
+    """Run a script with a spool `s` in a process that dies without a word."""
+    before = (
+        "import os, sys; from pathlib import Path\n"
+        "from tests.imaging.test_spool import *\n"
+        "s = make_spool(Path(sys.argv[1]))\n"
+    )
+    command = [sys.executable, "-c", before + script + "\nos.kill(os.getpid(), 9)", str(directory)]
+    assert subprocess.run(command, timeout=30, check=False).returncode == -9
+
+
+async def test_a_killed_run_leaves_what_was_whole_and_nothing_else(tmp_path: Path) -> None:
+    killed(
+        tmp_path,
+        "place(store(s, '1.2.1')).keep_sha256('ab')\n"
+        "held = place(store(s, '1.2.2')); held.hold()\n"
+        "store(s, '1.2.3')\n"  # nobody said where it belongs
+        "begin(s, '1.2.4').write(memoryview(bytes(100)))\n"
+        "s.create_attachment().write(b'half')\n"
+        "whole = s.create_attachment(); whole.write(b'whole'); whole.commit()\n",
+    )
+    (tmp_path / "kept.txt").write_text("not ours")
+    spool = make_spool(tmp_path)
+    assert spool.find("1.2.1") is None  # not before it has been read again
+    assert spool.used_bytes == 2000
+    assert len(files(spool)) == 2
+    await spool.verify(["1.2.1", "1.2.2", "1.2.3", "1.2.4"])
+    found = spool.find("1.2.1", [EXPLICIT])
+    assert found is not None
+    assert (found.study_instance_uid, found.series_instance_uid, found.source) == ("1.2", "1.2.3", "main")
+    assert (found.accept, found.sha256, found.bytes_changed) == ({EXPLICIT, JPEG}, "ab", False)
+    assert dcmread(found.path).file_meta.MediaStorageSOPInstanceUID == "1.2.1"
+    assert spool.find("1.2.2") is not None
+    assert spool.find("1.2.3") is spool.find("1.2.4") is None
+    assert (tmp_path / "kept.txt").exists()
+    spool.close()
+
+
+async def test_a_closed_spool_leaves_the_same(tmp_path: Path) -> None:
+    first = make_spool(tmp_path)
+    place(store(first, "1.2.1"))
+    store(first, "1.2.2")
+    first.create_attachment().write(b"half")
+    first.close()
+    first.close()
+    assert len(list((tmp_path / "objects").iterdir())) == 1
+    second = make_spool(tmp_path)
+    await second.verify(["1.2.1"])
+    assert second.find("1.2.1") is not None
+    fresh = store(second, "1.2.2")  # names are not used again
+    assert fresh.size == 1000
+    second.close()
+
+
+@pytest.mark.parametrize("damage", ["shorter", "longer", "other", "gone", "unreadable"])
+async def test_a_damaged_file_is_never_found(tmp_path: Path, damage: str) -> None:
+    first = make_spool(tmp_path)
+    path = place(store(first)).path
+    first.close()
+    content = path.read_bytes()
+    match damage:
+        case "shorter":
+            path.write_bytes(content[:-1])
+        case "longer":
+            path.write_bytes(content + b"\0")
+        case "other":
+            path.write_bytes(content[:-1] + b"x")
+        case "gone":
+            path.unlink()
+        case "unreadable":
+            path.unlink()
+            path.mkdir()
+    second = make_spool(tmp_path)
+    await second.verify(["1.2.30"])
+    assert second.find("1.2.30") is None
+    assert second.used_bytes == 0
+    second.close()
+
+
+async def test_a_torn_or_foreign_journal_costs_no_more_than_its_lines(tmp_path: Path) -> None:
+    first = make_spool(tmp_path)
+    place(store(first, "1.2.1"))
+    place(store(first, "1.2.2"))
+    first.close()
+    journal = max(tmp_path.glob("journal-*"))
+    lines = journal.read_bytes().splitlines(keepends=True)
+    spoilt = [line.replace(b"1.2.2", b"1.2.9") for line in lines]
+    journal.write_bytes(b"".join(spoilt) + b'\0\0\xff["I"\n' + b'00000000 ["I","torn')
+    second = make_spool(tmp_path)
+    await second.verify(["1.2.1", "1.2.2", "1.2.9"])
+    assert second.find("1.2.1") is not None
+    assert second.find("1.2.2") is second.find("1.2.9") is None
+    second.close()
+    for journal in tmp_path.glob("journal-*"):
+        journal.write_bytes(b"from another version\n")
+    third = make_spool(tmp_path)
+    assert third.used_bytes == 0
+    third.close()
+
+
+async def test_the_journal_is_compacted_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "_GARBAGE", 10)
+    first = make_spool(tmp_path)
+    instances = [place(store(first, f"1.2.{n}")) for n in range(20)]
+    for instance in instances[10:]:
+        first._evict(instance)
+    for _ in range(50):
+        instances[0].place("1.2", "1.2.4", [], source="main")
+        instances[0].place("1.2", "1.2.3", [EXPLICIT], source="main")
+    tidying = asyncio.create_task(first.tidy())
+    async with asyncio.timeout(5):
+        while sum(path.read_bytes().count(b"\n") for path in tmp_path.glob("journal-*")) > 20:
+            await asyncio.sleep(0.01)
+    place(store(first, "1.2.99"))
+    tidying.cancel()
+    first.close()
+    second = make_spool(tmp_path)
+    await second.verify(["1.2.0", "1.2.9", "1.2.99"])
+    found = second.find("1.2.0")
+    assert found is not None
+    assert (found.series_instance_uid, found.accept) == ("1.2.3", {EXPLICIT})
+    assert second.find("1.2.9") is not None
+    assert second.find("1.2.99") is not None
+    assert second.used_bytes == 11_000
+    second.close()
+
+
+@pytest.mark.parametrize(("jump", "expired"), [(-1e9, 0), (-10, 0), (30, 0), (61, 1), (1e9, 1)])
+def test_the_time_between_runs_counts_and_a_wrong_clock_does_no_harm(
+    tmp_path: Path, clock: Clock, jump: float, expired: int
+) -> None:
+    first = make_spool(tmp_path, clock=clock, wall_clock=lambda: 1.7e9)
+    place(store(first))
+    first.close()
+    second = make_spool(tmp_path, clock=clock, wall_clock=lambda: 1.7e9 + jump)
+    assert second.expire() == expired
+    clock.now += 61
+    second.expire()
+    assert second.used_bytes == 0
+    second.close()
+
+
+async def test_a_smaller_quota_after_a_restart_keeps_what_was_used_last(tmp_path: Path) -> None:
+    times = iter(range(1_700_000_000, 1_800_000_000))
+    first = make_spool(tmp_path, wall_clock=lambda: float(next(times)))
+    instances = [place(store(first, f"1.2.{n}")) for n in range(4)]
+    instances[0].hold()
+    first._tell_journal()
+    instances[0].release()
+    first.close()
+    second = make_spool(
+        tmp_path,
+        2500,
+        wall_clock=lambda: float(next(times)),
+    )
+    second.retention = 1e9
+    await second.verify(f"1.2.{n}" for n in range(4))
+    assert [second.find(f"1.2.{n}") is not None for n in range(4)] == [True, False, False, True]
+    second.close()
+
+
+def test_a_directory_has_one_spool(tmp_path: Path) -> None:
     first = make_spool(tmp_path)
     instance = store(first)
-    second = make_spool(tmp_path)
-    assert instance.path.exists()
-    assert second.find("1.2.30") is None
-    second.close()
-    second.close()
+    with pytest.raises(SpoolInUse, match=str(tmp_path)):
+        make_spool(tmp_path)
     assert instance.path.exists()
     first.close()
+    make_spool(tmp_path).close()
+
+
+async def test_tidying_verifies_what_an_earlier_run_left(tmp_path: Path) -> None:
+    first = make_spool(tmp_path)
+    place(store(first))
+    first.close()
+    second = make_spool(tmp_path)
+    tidying = asyncio.create_task(second.tidy())
+    async with asyncio.timeout(5):
+        while second.find("1.2.30") is None:
+            await asyncio.sleep(0.01)
+    tidying.cancel()
+    second.close()

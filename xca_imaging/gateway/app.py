@@ -18,7 +18,7 @@ from xml.sax.saxutils import escape
 from aiohttp import web
 
 from xca_imaging.data_files import data_folder
-from xca_imaging.errors import ConfigurationError, SpoolFull
+from xca_imaging.errors import ConfigurationError, SpoolFull, SpoolInUse
 from xca_imaging.gateway import listeners
 from xca_imaging.gateway.documents import DocumentActors
 from xca_imaging.gateway.exchange import Exchange, Operation
@@ -37,7 +37,6 @@ log = logging.getLogger(__name__)
 
 _DATABASE_THREADS = 4  # SQLite has one writer; a few readers beside it
 _ANSWER_TIMEOUT = 1.0  # s for clients to take the answers that a drain has made
-_EXPIRE_EVERY = 5.0  # s between looks for spooled instances whose retention has passed
 _WSDL_ADDRESS = "REPLACE_WITH_ACTUAL_URL"
 
 T = TypeVar("T")
@@ -73,6 +72,10 @@ class Node:
         dicom_client = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
         _make_folder(settings, settings.data_dir)
         metrics = Metrics()
+        spool = _open_spool(settings)
+        resources.callback(spool.close)
+        tidying = asyncio.create_task(spool.tidy())
+        resources.callback(tidying.cancel)
 
         executor = ThreadPoolExecutor(_DATABASE_THREADS, thread_name_prefix="registry")
         resources.callback(executor.shutdown)
@@ -89,13 +92,6 @@ class Node:
             repository = Repository(
                 registry, settings.data_dir / "documents", repository_unique_id=settings.repository.unique_id
             )
-
-        spool = Spool(
-            settings.data_dir / "spool", max_bytes=settings.spool.max_bytes, retention=settings.spool.retention
-        )
-        resources.callback(spool.close)
-        expiry = asyncio.create_task(_expire(spool))
-        resources.callback(expiry.cancel)
 
         transfers = Transfers(
             pacs=settings.pacs,
@@ -273,6 +269,16 @@ def _make_folder(settings: Settings, folder: Path) -> None:
         raise ConfigurationError(str(settings.file), "node.data_dir", problem, "choose a writable folder") from exc
 
 
+def _open_spool(settings: Settings) -> Spool:
+    try:
+        return Spool(
+            settings.data_dir / "spool", max_bytes=settings.spool.max_bytes, retention=settings.spool.retention
+        )
+    except SpoolInUse as exc:
+        hint = "each node needs a data_dir of its own; stop the one that has it, or choose another"
+        raise ConfigurationError(str(settings.file), "node.data_dir", str(exc), hint) from exc
+
+
 def _file_handler(file: Path) -> Handler:
     content = file.read_bytes()
 
@@ -301,12 +307,3 @@ async def _unready(registry: Registry, spool: Spool) -> list[str]:
     except (SpoolFull, OSError) as exc:
         reasons.append(str(exc))
     return reasons
-
-
-async def _expire(spool: Spool) -> None:
-    while True:
-        await asyncio.sleep(_EXPIRE_EVERY)
-        try:
-            spool.expire()
-        except OSError:
-            log.exception("the spool could not be tidied")

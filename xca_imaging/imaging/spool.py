@@ -1,11 +1,15 @@
-"""The spool: received objects on disk, within a byte quota, shared by many readers.
+"""The spool: received objects on disk, within a byte quota, shared by many readers, kept over restarts.
 
-A spool owns a folder of its own for as long as it lives. Instances are Part 10 files: preamble and File Meta
-Information are written here, the data set is what the peer sent, byte for byte. File names are a counter: nothing of
-a name comes from a peer.
+A spool owns its directory for as long as it lives. Instances are Part 10 files: preamble and File Meta Information are
+written here, the data set is what the peer sent, byte for byte. File names are counters: nothing of a name comes from a
+peer. Attachments of requests lie there too, for as long as their request.
 
 An instance that nobody holds stays for the retention time and serves further requests; it goes earlier, longest unused
-first, when room is needed. All methods are called from one thread; files may be read from any.
+first, when room is needed.
+
+A process that dies leaves its files. The next one trusts those that the journal knows (`spool_journal`) and whose size
+is right, after it has read each again and found the checksum right; until then `find` does not return it. Everything
+else is removed. All methods are called from one thread; files may be read from any.
 
 References
 ----------
@@ -14,22 +18,28 @@ References
 
 from __future__ import annotations
 
-import errno
+import asyncio
 import fcntl
-import functools
-import hashlib
+import itertools
+import logging
 import os
-import shutil
-import struct
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import BinaryIO
 
-from xca_imaging import uids
-from xca_imaging.errors import SpoolFull
+from xxhash import xxh3_128
+
+from xca_imaging.errors import LocalProtocolError, SpoolFull, SpoolInUse
+from xca_imaging.imaging import spool_journal
+from xca_imaging.imaging.spool_journal import Journal, Record
+from xca_imaging.imaging.spool_writing import Attachment, AttachmentWriter, SpoolWriter, raise_mapped
+
+__all__ = ["Attachment", "AttachmentWriter", "Spool", "SpoolWriter", "SpooledInstance"]
+
+_log = logging.getLogger(__name__)
 
 RESERVE_FREE = 256 * 1024 * 1024
 """Free bytes of the disk that are never used: database, audit queue and logs on the same disk must go on."""
@@ -37,81 +47,9 @@ RESERVE_FREE = 256 * 1024 * 1024
 _MEASURE_EVERY = 64 * 1024 * 1024
 """Bytes written between two looks at the free room of the disk: others write to it too. A quarter of the reserve."""
 
-_NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-_FOLDER_PREFIX = "run-"
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# File Meta Information
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _element(element: int, vr: bytes, value: str) -> bytes:
-    """Return one element of group 0002: tag, VR, 16-bit length, value padded to even length (PS3.5 7.1.2)."""
-    encoded = value.encode("latin-1", "replace")
-    if len(encoded) % 2:
-        encoded += b"\0" if vr == b"UI" else b" "
-    return struct.pack("<HH2sH", 0x0002, element, vr, len(encoded)) + encoded
-
-
-_PREAMBLE = struct.Struct("<128x4sHH2sHL")
-_META_VERSION = struct.pack("<HH2s2xL", 0x0002, 0x0001, b"OB", 2) + b"\0\1"
-_IMPLEMENTATION = _element(0x0012, b"UI", uids.IMPLEMENTATION_CLASS_UID) + _element(
-    0x0013, b"SH", uids.IMPLEMENTATION_VERSION_NAME
-)
-
-
-def encode_file_meta(
-    *, sop_class_uid: str, sop_instance_uid: str, transfer_syntax_uid: str, source_ae_title: str
-) -> bytes:
-    """Return what stands before the data set of a Part 10 file.
-
-    ::
-
-        offset  content
-        0       preamble, 128 zero bytes
-        128     "DICM"
-        132     (0002,0000) group length, UL
-        144     (0002,0001) version, OB; (0002,0002) SOP class; (0002,0003) SOP instance; (0002,0010) transfer syntax;
-                (0002,0012) implementation class; (0002,0013) implementation version; (0002,0016) source AE title
-
-    References
-    ----------
-    * DICOM PS3.10, 7.1 and Table 7.1-1: Explicit VR Little Endian whatever the data set is
-    """
-    before, after = _constant_meta(sop_class_uid, transfer_syntax_uid, source_ae_title)
-    group = before + _element(0x0003, b"UI", sop_instance_uid) + after
-    return _PREAMBLE.pack(b"DICM", 0x0002, 0x0000, b"UL", 4, len(group)) + group
-
-
-@functools.lru_cache(maxsize=64)  # the classes, syntaxes and peers of the associations at work; an entry is 300 bytes
-def _constant_meta(sop_class_uid: str, transfer_syntax_uid: str, source_ae_title: str) -> tuple[bytes, bytes]:
-    """Return what is the same for all instances of a presentation context: before and after (0002,0003)."""
-    return (
-        _META_VERSION + _element(0x0002, b"UI", sop_class_uid),
-        _element(0x0010, b"UI", transfer_syntax_uid)
-        + _IMPLEMENTATION
-        + (_element(0x0016, b"AE", source_ae_title) if source_ae_title else b""),
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The spool
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def _raise_mapped(exc: OSError) -> NoReturn:
-    """Raise SpoolFull for a failed write that may work another time, else what it failed with."""
-    if exc.errno in _NO_ROOM:
-        raise SpoolFull(f"no room on the disk of the spool: {exc.strerror}") from exc
-    raise exc
-
-
-def _write_all(fd: int, view: memoryview) -> None:
-    """Finish a write that the kernel cut short; where there is no room, the next call says so."""
-    while view:
-        view = view[os.write(fd, view) :]
+_TIDY_EVERY = 5.0  # s between looks for instances whose retention has passed
+_READ = 1024 * 1024  # bytes read at a time when a file is verified
+_GARBAGE = 10_000  # lines of the journal that may be out of date, beside as many as there are instances
 
 
 class SpooledInstance:
@@ -123,19 +61,38 @@ class SpooledInstance:
         Of the file in the spool's folder.
     size : int
         Of the file, File Meta Information included.
+    checksum : str
+        XXH3-128 of the file, in hexadecimal.
+    sha256 : str or None
+        Of the file, in hexadecimal; None until it has been computed.
+    study_instance_uid, series_instance_uid, source : str
+        Where it belongs and the name of the PACS that it came from; empty until `place` is called.
+    accept : frozenset of str
+        The transfer syntaxes that its PACS could choose from when it was sent.
+    bytes_changed : bool
+        It was transcoded here.
     """
 
-    # Mutable state: how many hold it (_holders), when the last of them let go (_idle_since), and whether the spool has
-    # replaced or evicted it (_is_indexed is False then: the last release removes the file).
+    # Mutable state: what `place` and `keep_sha256` set, how many hold it (_holders), when the last of them let go
+    # (_idle_since), whether the spool has replaced or evicted it (_is_indexed is False then: the last release removes
+    # the file), and whether it is trusted (_is_verified: all that this run wrote is).
     __slots__ = (
         "_holders",
         "_idle_since",
         "_is_indexed",
+        "_is_verified",
         "_spool",
+        "accept",
+        "bytes_changed",
+        "checksum",
         "name",
+        "series_instance_uid",
+        "sha256",
         "size",
         "sop_class_uid",
         "sop_instance_uid",
+        "source",
+        "study_instance_uid",
         "transfer_syntax_uid",
     )
 
@@ -145,17 +102,22 @@ class SpooledInstance:
         name: str,
         size: int,
         *,
+        checksum: str,
         sop_class_uid: str,
         sop_instance_uid: str,
         transfer_syntax_uid: str,
     ) -> None:
-        self.name, self.size = name, size
+        self.name, self.size, self.checksum = name, size, checksum
         self.sop_class_uid, self.sop_instance_uid = sop_class_uid, sop_instance_uid
         self.transfer_syntax_uid = transfer_syntax_uid
+        self.study_instance_uid = self.series_instance_uid = self.source = ""
+        self.accept: frozenset[str] = frozenset()
+        self.bytes_changed = False
+        self.sha256: str | None = None
         self._spool = spool
         self._holders = 0
         self._idle_since = 0.0
-        self._is_indexed = True
+        self._is_indexed = self._is_verified = True
 
     def __repr__(self) -> str:
         return f"<SpooledInstance {self.name} {self.size} bytes, {self._holders} holders>"
@@ -179,160 +141,30 @@ class SpooledInstance:
         if self._holders == 0:
             self._spool._set_idle(self)
 
+    def place(
+        self,
+        study_instance_uid: str,
+        series_instance_uid: str,
+        accept: Iterable[str],
+        *,
+        source: str,
+        bytes_changed: bool = False,
+    ) -> None:
+        """Say where it belongs. From now on it serves further runs of the node too."""
+        placed = (study_instance_uid, series_instance_uid, frozenset(accept), source, bytes_changed)
+        if placed != (self.study_instance_uid, self.series_instance_uid, self.accept, self.source, self.bytes_changed):
+            self.study_instance_uid, self.series_instance_uid, self.accept, self.source, self.bytes_changed = placed
+            self._spool._record(self)
+
+    def keep_sha256(self, sha256: str) -> None:
+        """Remember the SHA-256 that somebody has computed while the file passed."""
+        if self.sha256 is None:
+            self.sha256 = sha256
+            self._spool._record_sha256(self)
+
     def open(self) -> BinaryIO:
         """Open the Part 10 file for reading; an open file can be read to its end whatever happens to the instance."""
         return open(self.path, "rb", buffering=0)
-
-
-class _Writer:
-    """A file that is being written within the quota; it is either committed or leaves nothing behind."""
-
-    # Mutable state: the open file (_fd), whether it is committed or discarded (_is_done), and the bytes that stand to
-    # its account (size).
-    __slots__ = ("_fd", "_is_done", "_name", "_spool", "size")
-
-    def __init__(self, spool: Spool) -> None:
-        self._spool = spool
-        self._is_done = False
-        self.size = 0
-        self._name, self._fd = spool._create_file()
-
-    def _charge(self, length: int) -> None:
-        spool = self._spool
-        if spool.used_bytes + length > spool._limit:
-            spool._make_room(length)
-        spool.used_bytes += length
-        self.size += length
-
-    def discard(self) -> None:
-        """Remove what was written; does nothing once committed or discarded."""
-        if not self._is_done:
-            self._is_done = True
-            os.close(self._fd)
-            self._spool._remove_file(self._name, self.size)
-
-    def _close(self) -> None:
-        """Close what was written whole; a file system that only now finds itself full leaves nothing behind."""
-        self._is_done = True
-        try:
-            os.close(self._fd)
-        except OSError as exc:
-            self._spool._remove_file(self._name, self.size)
-            _raise_mapped(exc)
-
-
-class SpoolWriter(_Writer):
-    """An instance that is being received. `write` raises SpoolFull or OSError; call `discard` then."""
-
-    __slots__ = ("_head", "_sop_class_uid", "_sop_instance_uid", "_transfer_syntax_uid")
-
-    def __init__(
-        self,
-        spool: Spool,
-        *,
-        sop_class_uid: str,
-        sop_instance_uid: str,
-        transfer_syntax_uid: str,
-        source_ae_title: str,
-    ) -> None:
-        self._sop_class_uid, self._sop_instance_uid = sop_class_uid, sop_instance_uid
-        self._transfer_syntax_uid = transfer_syntax_uid
-        self._head = encode_file_meta(
-            sop_class_uid=sop_class_uid,
-            sop_instance_uid=sop_instance_uid,
-            transfer_syntax_uid=transfer_syntax_uid,
-            source_ae_title=source_ae_title,
-        )
-        super().__init__(spool)
-        try:
-            self._charge(len(self._head))
-        except SpoolFull:
-            self.discard()
-            raise
-
-    def write(self, data: memoryview) -> None:
-        """Append the next bytes of the data set; `data` is not kept."""
-        length = len(data)
-        # _charge, spelled out: this runs once per fragment.
-        spool = self._spool
-        if spool.used_bytes + length > spool._limit:
-            spool._make_room(length)
-        spool.used_bytes += length
-        self.size += length
-        try:
-            if self._head:  # File Meta Information goes out with the first bytes: one write for a small object
-                head, self._head = self._head, b""
-                written = os.writev(self._fd, (head, data))
-                if written < len(head) + length:
-                    _write_all(self._fd, memoryview(head + data)[written:])
-            else:
-                written = os.write(self._fd, data)
-                if written < length:
-                    _write_all(self._fd, data[written:])
-        except OSError as exc:
-            _raise_mapped(exc)
-
-    def commit(self) -> SpooledInstance:
-        """Close the file and let others find it. Nobody holds the instance yet."""
-        if self._head:
-            self.write(memoryview(b""))
-        self._close()
-        instance = SpooledInstance(
-            self._spool,
-            self._name,
-            self.size,
-            sop_class_uid=self._sop_class_uid,
-            sop_instance_uid=self._sop_instance_uid,
-            transfer_syntax_uid=self._transfer_syntax_uid,
-        )
-        self._spool._add(instance)
-        return instance
-
-
-@dataclass(frozen=True, slots=True)
-class Attachment:
-    """A received MIME part on disk; it belongs to whoever committed it, who also discards it."""
-
-    path: Path
-    size: int
-    sha1: str
-    sha256: str
-    spool: Spool
-
-    def open(self) -> BinaryIO:
-        """Open the part for reading."""
-        return open(self.path, "rb", buffering=0)
-
-    def discard(self) -> None:
-        """Remove the file; does nothing the second time."""
-        self.spool._remove_file(self.path.name, self.size)
-
-
-class AttachmentWriter(_Writer):
-    """A MIME part that is being received, hashed on the way."""
-
-    __slots__ = ("_sha1", "_sha256")
-
-    def __init__(self, spool: Spool) -> None:
-        super().__init__(spool)
-        self._sha1 = hashlib.sha1(usedforsecurity=False)  # the hash that document metadata carry (ITI TF-3 4.2.3.2.10)
-        self._sha256 = hashlib.sha256()
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append `data`, which is not kept."""
-        self._charge(len(data))
-        self._sha1.update(data)
-        self._sha256.update(data)
-        try:
-            _write_all(self._fd, memoryview(data))
-        except OSError as exc:
-            _raise_mapped(exc)
-
-    def commit(self) -> Attachment:
-        """Close the file and return it with its length and hashes (lower case hexadecimal)."""
-        self._close()
-        path = self._spool.folder / self._name
-        return Attachment(path, self.size, self._sha1.hexdigest(), self._sha256.hexdigest(), self._spool)
 
 
 class Spool:
@@ -341,27 +173,38 @@ class Spool:
     Parameters
     ----------
     directory : Path
-        Made if it does not exist. Each spool works in a folder of its own below it, locked while the process lives;
-        what a crashed run left there is removed here.
+        Made if it does not exist. One spool at a time uses it: `SpoolInUse` otherwise.
     max_bytes : int
         Bytes of all files together.
     retention : float
         Seconds that an instance stays after the last one let go of it.
-    clock : callable
-        Monotonic seconds.
+    high_water, low_water : float
+        Parts of the room (quota or disk, whichever is less). `is_high` becomes true when what cannot be evicted takes
+        the one, and false when it takes no more than the other.
+    clock, wall_clock : callable
+        Seconds: monotonic, and since the epoch. The second one tells only how long instances of an earlier run were
+        unused; when it is wrong they go earlier or later, at most a retention time from now.
     reserve_free : int
         Free bytes of the disk that are left alone.
 
     Attributes
     ----------
+    folder : Path
+        Where the files are; sibling processes write theirs here too, under names that begin with one of `new_name`.
     used_bytes : int
-        Bytes of all files, those being written included.
+        Bytes of all files, those being written and what is reserved included.
+    is_high : bool
+        See `high_water`.
+    on_level : callable
+        Called with `is_high` when that changes, from within whatever changed it: a write, a hold, a release.
     """
 
-    # Mutable state: the folder's descriptor (_folder_fd), the counter of file names (_count), files that exist and
-    # are not yet removed (_files), bytes of all files (used_bytes) and up to where they may grow before the disk is
-    # looked at again (_limit), instances by SOP Instance UID and transfer syntax (_instances), and those nobody holds,
-    # longest idle first, with their bytes (_idle, _idle_bytes).
+    # Mutable state: descriptors of the lock (_lock_fd, -1 once closed) and of the folder (_folder_fd), the counter of
+    # file names in this run (_run, _count), files of this process that exist and are not yet removed (_files), bytes of
+    # all files (used_bytes), up to where they may grow before disk and level are looked at again (_limit), the marks in
+    # bytes (_high_bytes, _low_bytes), instances by SOP Instance UID and transfer syntax (_instances), those nobody
+    # holds, longest idle first, with their bytes (_idle, _idle_bytes), those that are not verified yet (_doubtful),
+    # names of those used since the journal was told (_used), the journal, and a thread to verify and compact.
 
     def __init__(
         self,
@@ -369,20 +212,36 @@ class Spool:
         *,
         max_bytes: int,
         retention: float,
+        high_water: float = 0.9,
+        low_water: float = 0.8,
         clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
         reserve_free: int = RESERVE_FREE,
     ) -> None:
         self.max_bytes, self.retention, self.reserve_free = max_bytes, retention, reserve_free
-        self._clock = clock
+        self._high_water, self._low_water = high_water, low_water
+        self._clock, self._wall_clock = clock, wall_clock
         directory.mkdir(parents=True, exist_ok=True)
-        self.folder, self._folder_fd = _take_folder(directory)
-        self._count = 0
+        self._lock_fd = _lock(directory)
+        self.folder = directory / "objects"
+        self.folder.mkdir(exist_ok=True)
+        self._folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files: set[str] = set()
         self.used_bytes = 0
-        self._limit = 0
+        self.is_high = False
+        self.on_level: Callable[[bool], None] = lambda is_high: None
         self._instances: dict[str, dict[str, SpooledInstance]] = {}
         self._idle: dict[SpooledInstance, None] = {}
         self._idle_bytes = 0
+        self._doubtful: dict[SpooledInstance, None] = {}
+        self._used: dict[str, None] = {}
+        self._executor = ThreadPoolExecutor(1, "spool")
+        self._limit = 0
+        self._high_bytes = self._low_bytes = max_bytes
+        self._journal = Journal(directory, self._take_over(spool_journal.read(directory)))
+        self._run, self._count = self._journal.number, itertools.count(1)
+        self._evict_down_to(max_bytes)
+        self._measure()
 
     # --- what callers do ------------------------------------------------------------------------------------------
 
@@ -414,17 +273,95 @@ class Spool:
         """Begin a file for a received MIME part; raises SpoolFull as `create` does."""
         return AttachmentWriter(self)
 
+    def reserve(self, length: int) -> None:
+        """Lend bytes of the quota to a sibling process, which writes without asking; raises SpoolFull."""
+        if self.used_bytes + length > self._limit:
+            self._make_room(length)
+        self.used_bytes += length
+
+    def unreserve(self, length: int) -> None:
+        """Take back what a sibling did not use."""
+        self.used_bytes -= length
+        self._note_level(self.used_bytes - self._idle_bytes)
+
+    def new_name(self, prefix: str) -> str:
+        """Return a file name that nobody uses, nor any that begins with it and a `-`.
+
+        `prefix` tells people whose it is: letters and digits.
+        """
+        return f"{self._run:x}.{next(self._count):x}-{prefix}"
+
+    def adopt(
+        self,
+        name: str,
+        size: int,
+        *,
+        checksum: str,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+        reserved: int,
+    ) -> SpooledInstance:
+        """Take over an instance that a sibling has written whole to `folder / name`; nobody holds it yet.
+
+        `reserved` of the bytes that were lent stand for it. The checksum is XXH3-128, in hexadecimal.
+
+        Raises
+        ------
+        LocalProtocolError
+            There is no such file, or it has another size.
+        """
+        try:
+            found = os.stat(name, dir_fd=self._folder_fd, follow_symlinks=False).st_size
+        except OSError as exc:
+            raise LocalProtocolError(f"{name} cannot be adopted: {exc.strerror}") from exc
+        if found != size:
+            raise LocalProtocolError(f"{name} cannot be adopted: it has {found} bytes, not {size}")
+        self.used_bytes += size - reserved
+        self._files.add(name)
+        return self._add(
+            name,
+            size,
+            checksum=checksum,
+            sop_class_uid=sop_class_uid,
+            sop_instance_uid=sop_instance_uid,
+            transfer_syntax_uid=transfer_syntax_uid,
+        )
+
     def find(self, sop_instance_uid: str, accept: Sequence[str] | None = None) -> SpooledInstance | None:
         """Return a spooled instance in the first of the transfer syntaxes that there is, None takes the newest.
 
-        Nothing is acquired: call `hold` before control is given away.
+        Nothing is acquired: call `hold` before control is given away. What an earlier run left is not returned before
+        it has been verified.
         """
         by_syntax = self._instances.get(sop_instance_uid)
         if not by_syntax:
             return None
         if accept is None:
-            return next(reversed(by_syntax.values()))
-        return next((by_syntax[uid] for uid in accept if uid in by_syntax), None)
+            return next((each for each in reversed(by_syntax.values()) if each._is_verified), None)
+        return next((by_syntax[uid] for uid in accept if uid in by_syntax and by_syntax[uid]._is_verified), None)
+
+    async def verify(self, sop_instance_uids: Iterable[str]) -> None:
+        """Read what an earlier run left of these instances, so that `find` may return it; the damaged is removed."""
+        if not self._doubtful:
+            return
+        for uid in sop_instance_uids:
+            for instance in tuple(self._instances.get(uid, {}).values()):
+                await self._verify(instance)
+
+    async def tidy(self) -> None:
+        """Keep the spool in order, until cancelled: expire, verify what an earlier run left, compact the journal."""
+        while True:
+            try:
+                self.expire()
+                self._tell_journal()
+                if self._journal.lines > _GARBAGE + 2 * len(self._files):
+                    await self._compact()
+                while self._doubtful:
+                    await self._verify(next(iter(self._doubtful)))
+            except OSError:
+                _log.exception("the spool could not be tidied")
+            await asyncio.sleep(_TIDY_EVERY)
 
     def expire(self) -> int:
         """Remove what nobody has held for the retention time; return how many instances went."""
@@ -439,21 +376,27 @@ class Spool:
         return len(expired)
 
     def close(self) -> None:
-        """Remove the folder with all files; nothing may be held or written any more."""
-        if self._folder_fd >= 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            os.close(self._folder_fd)
-            self._folder_fd = -1
+        """Leave what serves the next run, and nothing else; nothing may be held or written any more."""
+        if self._lock_fd < 0:
+            return
+        self._executor.shutdown(cancel_futures=True)
+        self._tell_journal()
+        self._journal.close()
+        kept = {each.name for each in self._all() if each.source}
+        for name in self._files - kept:
+            os.unlink(name, dir_fd=self._folder_fd)
+        os.close(self._folder_fd)
+        os.close(self._lock_fd)
+        self._lock_fd = -1
 
     # --- what writers and instances tell us -----------------------------------------------------------------------
 
     def _create_file(self) -> tuple[str, int]:
-        self._count += 1
-        name = f"{self._count:08x}"
+        name = f"{self._run:x}.{next(self._count):x}"
         try:
-            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600, dir_fd=self._folder_fd)
+            fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._folder_fd)
         except OSError as exc:
-            _raise_mapped(exc)
+            raise_mapped(exc)
         self._files.add(name)
         return name, fd
 
@@ -461,29 +404,69 @@ class Spool:
         if name in self._files:
             self._files.discard(name)
             self.used_bytes -= size
-            os.unlink(name, dir_fd=self._folder_fd)
+            with suppress(FileNotFoundError):  # somebody tidied by hand
+                os.unlink(name, dir_fd=self._folder_fd)
+            self._note_level(self.used_bytes - self._idle_bytes)
 
-    def _add(self, instance: SpooledInstance) -> None:
+    def _add(
+        self,
+        name: str,
+        size: int,
+        *,
+        checksum: str,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        transfer_syntax_uid: str,
+    ) -> SpooledInstance:
+        instance = SpooledInstance(
+            self,
+            name,
+            size,
+            checksum=checksum,
+            sop_class_uid=sop_class_uid,
+            sop_instance_uid=sop_instance_uid,
+            transfer_syntax_uid=transfer_syntax_uid,
+        )
+        self._index(instance)
+        self._set_idle(instance)
+        return instance
+
+    def _index(self, instance: SpooledInstance) -> None:
+        """Let an instance be found, in place of the one before of the same UID and syntax."""
         by_syntax = self._instances.setdefault(instance.sop_instance_uid, {})
         replaced = by_syntax.pop(instance.transfer_syntax_uid, None)
         by_syntax[instance.transfer_syntax_uid] = instance
         if replaced is not None:
             replaced._is_indexed = False
+            self._doubtful.pop(replaced, None)
             if replaced in self._idle:
                 self._forget_idle(replaced)
                 self._remove_file(replaced.name, replaced.size)
-        self._set_idle(instance)
+
+    def _record(self, instance: SpooledInstance) -> None:
+        if instance._is_indexed:
+            self._journal.append(_record_of(instance, self._wall_clock()))
+
+    def _record_sha256(self, instance: SpooledInstance) -> None:
+        if instance._is_indexed and instance.source and instance.sha256 is not None:
+            self._journal.append_sha256(instance.name, instance.sha256)
 
     def _set_held(self, instance: SpooledInstance) -> None:
         if instance.name not in self._files:
             raise ValueError(f"{instance!r} is gone: it was evicted before it was held")
         self._forget_idle(instance)
+        self._note_level(self.used_bytes - self._idle_bytes)
+        if not self.is_high:
+            self._limit = min(self._limit, self._high_bytes + self._idle_bytes)
 
     def _set_idle(self, instance: SpooledInstance) -> None:
         if instance._is_indexed:
             instance._idle_since = self._clock()
             self._idle[instance] = None
             self._idle_bytes += instance.size
+            if instance.source:
+                self._used[instance.name] = None
+            self._note_level(self.used_bytes - self._idle_bytes)
         else:
             self._remove_file(instance.name, instance.size)
 
@@ -494,57 +477,166 @@ class Spool:
     def _evict(self, instance: SpooledInstance) -> None:
         self._forget_idle(instance)
         instance._is_indexed = False
+        self._doubtful.pop(instance, None)
+        self._used.pop(instance.name, None)
         by_syntax = self._instances[instance.sop_instance_uid]
         del by_syntax[instance.transfer_syntax_uid]
         if not by_syntax:
             del self._instances[instance.sop_instance_uid]
         self._remove_file(instance.name, instance.size)
 
+    # --- room -----------------------------------------------------------------------------------------------------
+
     def _make_room(self, length: int) -> None:
-        """Look at quota and disk, evict as needed, and set up to where writers may go without asking again."""
+        """Look at quota, disk and level, evict as needed, and set up to where writers may go without asking again."""
         while True:
             disk = self._disk_free() - self.reserve_free
             room = min(self.max_bytes - self.used_bytes, disk)
             if room >= length:
-                self._limit = self.used_bytes + min(room, max(length, _MEASURE_EVERY))
-                return
+                break
             oldest = next(iter(self._idle), None)
             if oldest is None:
                 what = f"{self.max_bytes} bytes are the quota" if disk >= length else "the disk is at its reserve"
                 raise SpoolFull(f"the spool has no room: {self.used_bytes} bytes are in use, {what}")
             self._evict(oldest)
+        self._measure(room, length)
+        self._note_level(self.used_bytes + length - self._idle_bytes)
+
+    def _measure(self, room: int | None = None, length: int = 0) -> None:
+        if room is None:
+            room = max(0, min(self.max_bytes - self.used_bytes, self._disk_free() - self.reserve_free))
+        whole = self.used_bytes + room
+        self._high_bytes, self._low_bytes = int(whole * self._high_water), int(whole * self._low_water)
+        self._limit = self.used_bytes + min(room, max(length, _MEASURE_EVERY))
+        if not self.is_high:
+            self._limit = min(self._limit, max(self._high_bytes + self._idle_bytes, self.used_bytes + length))
+
+    def _note_level(self, pinned: int) -> None:
+        """Learn how many bytes cannot be evicted."""
+        if self.is_high != (pinned > self._low_bytes if self.is_high else pinned >= self._high_bytes):
+            self.is_high = not self.is_high
+            self.on_level(self.is_high)
+
+    def _evict_down_to(self, size: int) -> None:
+        for instance in tuple(self._idle):
+            if self.used_bytes <= size:
+                break
+            self._evict(instance)
 
     def _disk_free(self) -> int:
         disk = os.statvfs(self._folder_fd)
         return disk.f_bavail * disk.f_frsize
 
+    # --- over restarts --------------------------------------------------------------------------------------------
 
-def _take_folder(directory: Path) -> tuple[Path, int]:
-    """Remove the folders of runs that are gone, make this run's, and lock it for as long as the descriptor lives.
+    def _take_over(self, records: Iterable[Record]) -> list[Record]:
+        """Index what an earlier run left whole, the longest unused first; remove all other files."""
+        sizes = {}
+        with os.scandir(self.folder) as entries:
+            for entry in entries:
+                if not entry.is_dir(follow_symlinks=False):
+                    sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
+        now, now_wall = self._clock(), self._wall_clock()
+        kept = {}
+        for record in records:
+            if sizes.get(record.name) != record.size:
+                continue
+            instance = SpooledInstance(
+                self,
+                record.name,
+                record.size,
+                checksum=record.checksum,
+                sop_class_uid=record.sop_class_uid,
+                sop_instance_uid=record.sop_instance_uid,
+                transfer_syntax_uid=record.transfer_syntax_uid,
+            )
+            instance.study_instance_uid, instance.series_instance_uid = (
+                record.study_instance_uid,
+                record.series_instance_uid,
+            )
+            instance.source, instance.accept = record.source, record.accept
+            instance.bytes_changed, instance.sha256 = record.bytes_changed, record.sha256
+            instance._is_verified = False
+            self._files.add(record.name)
+            self.used_bytes += record.size
+            self._doubtful[instance] = None
+            self._index(instance)
+            instance._idle_since = now - max(0.0, now_wall - record.used_at)
+            self._idle[instance] = None
+            self._idle_bytes += record.size
+            kept[record.name] = record
+        for name in sizes.keys() - self._files:
+            os.unlink(name, dir_fd=self._folder_fd)
+        return [record for name, record in kept.items() if name in self._files]
 
-    A folder whose lock is free has no process any more. The directory itself is locked meanwhile, so that no other
-    process sees a folder that is made and not yet locked.
-    """
-    directory_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(directory_fd, fcntl.LOCK_EX)
-        for leftover in directory.glob(f"{_FOLDER_PREFIX}*"):
-            if _is_free(leftover):
-                shutil.rmtree(leftover)
-        folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=directory))
-        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return folder, fd
-    finally:
-        os.close(directory_fd)
+    async def _verify(self, instance: SpooledInstance) -> None:
+        if instance not in self._doubtful:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._executor, _checksum_of, instance.path)
+        except OSError as exc:
+            found = f"unreadable: {exc.strerror}"
+        if instance not in self._doubtful:  # evicted meanwhile, or verified by another who waits for it
+            return
+        if found == instance.checksum:
+            instance._is_verified = True
+            del self._doubtful[instance]
+        else:
+            _log.warning("a file that an earlier run left in the spool is damaged and removed: %s", instance.name)
+            self._evict(instance)
+
+    def _tell_journal(self) -> None:
+        used, self._used = self._used, {}
+        self._journal.append_use(used, self._wall_clock())
+
+    async def _compact(self) -> None:
+        now, now_wall = self._clock(), self._wall_clock()
+        records = [
+            _record_of(each, now_wall - (now - each._idle_since if each in self._idle else 0.0))
+            for each in self._all()
+            if each.source
+        ]
+        number = self._journal.begin_next()
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(self._executor, self._journal.rewrite_until, number, records)
+
+    def _all(self) -> Iterator[SpooledInstance]:
+        return (each for by_syntax in self._instances.values() for each in by_syntax.values())
 
 
-def _is_free(folder: Path) -> bool:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _record_of(instance: SpooledInstance, used_at: float) -> Record:
+    return Record(
+        instance.name,
+        instance.size,
+        instance.checksum,
+        instance.sop_class_uid,
+        instance.sop_instance_uid,
+        instance.transfer_syntax_uid,
+        instance.study_instance_uid,
+        instance.series_instance_uid,
+        instance.source,
+        instance.accept,
+        instance.bytes_changed,
+        instance.sha256,
+        used_at,
+    )
+
+
+def _checksum_of(path: Path) -> str:
+    checksum = xxh3_128()
+    with path.open("rb", buffering=0) as stream:
+        while data := stream.read(_READ):
+            checksum.update(data)
+    return checksum.hexdigest()
+
+
+def _lock(directory: Path) -> int:
+    """Return the descriptor that locks the directory for as long as it is open."""
+    fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    finally:
         os.close(fd)
-    return True
+        raise SpoolInUse(str(directory)) from None
+    return fd
