@@ -10,13 +10,16 @@ from xca_imaging import uids
 from xca_imaging.metadata.model import (
     Association,
     Author,
+    Classification,
     Code,
     DocumentEntry,
+    ExternalIdentifier,
     Folder,
     ObjectRef,
     Slot,
     Submission,
     SubmissionSet,
+    Translation,
 )
 
 PATIENT = "P-0001^^^&1.3.6.1.4.1.21367.2017.9&ISO"
@@ -134,7 +137,19 @@ AUTHORS = st.builds(
     roles=tuples(FULL),
     specialties=tuples(FULL),
     telecommunications=tuples(FULL),
+    extra_slots=SLOTS,
 )
+_LANGUAGES = st.sampled_from(["", "en-US", "de"])
+_CLASSIFICATIONS = st.builds(
+    Classification,
+    TOKENS.map(lambda name: f"urn:example:{name}"),
+    st.one_of(st.just(""), TOKENS.map(lambda name: f"urn:example:{name}")),
+    TEXT,
+    TEXT,
+    SLOTS,
+)
+_EXTERNAL_IDENTIFIERS = st.builds(ExternalIdentifier, TOKENS.map(lambda name: f"urn:example:{name}"), FULL, TEXT)
+_TRANSLATIONS = st.builds(Translation, st.sampled_from(["title", "comments"]), TEXT, _LANGUAGES)
 _COMMON = {
     "entry_uuid": IDS,
     "logical_id": st.one_of(st.just(""), IDS),
@@ -142,8 +157,22 @@ _COMMON = {
     "availability_status": st.sampled_from(["", uids.APPROVED, uids.DEPRECATED]),
     "version": st.sampled_from(["", "1", "2.0"]),
     "extra_slots": SLOTS,
+    "extra_classifications": tuples(_CLASSIFICATIONS, 2),
+    "extra_identifiers": tuples(_EXTERNAL_IDENTIFIERS, 2),
 }
-_IDENTIFIED = {**_COMMON, "unique_id": FULL, "patient_id": FULL, "title": TEXT, "comments": TEXT}
+_IDENTIFIED = {
+    **_COMMON,
+    "unique_id": FULL,
+    "patient_id": FULL,
+    "title": TEXT,
+    "title_language": _LANGUAGES,
+    "comments": TEXT,
+    "comments_language": _LANGUAGES,
+    # Titles first: that is the order in which they are written.
+    "translations": st.lists(_TRANSLATIONS, max_size=3).map(
+        lambda texts: tuple(sorted(texts, key=lambda text: text.attribute, reverse=True))
+    ),
+}
 _MAYBE_CODE = st.one_of(st.none(), CODES)
 
 DOCUMENT_ENTRIES = st.builds(
@@ -190,6 +219,10 @@ ASSOCIATIONS = st.builds(
     source=IDS,
     target=IDS,
     submission_set_status=st.sampled_from(["", "Original", "Reference"]),
+    previous_version=st.sampled_from(["", "1"]),
+    association_propagation=st.sampled_from(["", "yes", "no"]),
+    original_status=st.sampled_from(["", uids.APPROVED]),
+    new_status=st.sampled_from(["", uids.DEPRECATED]),
     documentation=_MAYBE_CODE,
 )
 OBJECTS = st.one_of(DOCUMENT_ENTRIES, SUBMISSION_SETS, FOLDERS, ASSOCIATIONS)

@@ -20,7 +20,17 @@ from xca_imaging.errors import (
     SubmissionRefused,
 )
 from xca_imaging.metadata import ebrim
-from xca_imaging.metadata.model import Association, Author, DocumentEntry, ObjectRef, Submission
+from xca_imaging.metadata.model import (
+    Association,
+    Author,
+    Classification,
+    DocumentEntry,
+    ExternalIdentifier,
+    ObjectRef,
+    Slot,
+    Submission,
+    Translation,
+)
 from xca_imaging.wire import xml
 
 RIM = {"rim": uids.NS_RIM}
@@ -49,6 +59,8 @@ def test_what_is_written_is_read_again(item):
     element = ebrim.encode_object(item)
     assert ebrim.decode_object(element) == item
     assert ebrim.decode_object(xml.parse(xml.serialize(element))) == item
+    # And the other way round: ebRIM that was read is written as it was.
+    assert xml.serialize(ebrim.encode_object(ebrim.decode_object(element))) == xml.serialize(element)
 
 
 @settings(
@@ -143,18 +155,49 @@ def test_version_home_logical_id_and_status_are_kept():
     assert ebrim.decode_object(ebrim.encode_object(entry)) == entry
 
 
-def test_association_slots_that_are_not_ours_stay():
-    """PreviousVersion belongs to metadata update; here it is just kept."""
+def test_slots_of_metadata_update_have_names_and_others_stay():
     element = _list(
         '<rim:Association id="a" associationType="t" sourceObject="s" targetObject="d">'
         + _slot("SubmissionSetStatus", "Original")
         + _slot("PreviousVersion", "1")
+        + _slot("AssociationPropagation", "no")
+        + _slot("OriginalStatus", uids.APPROVED)
+        + _slot("NewStatus", uids.DEPRECATED)
+        + _slot("urn:example:more", "a", "b")
         + "</rim:Association>"
     )
     (association,) = ebrim.decode_registry_objects(element).associations
     assert association.submission_set_status == "Original"
+    assert (association.previous_version, association.association_propagation) == ("1", "no")
+    assert (association.original_status, association.new_status) == (uids.APPROVED, uids.DEPRECATED)
+    assert association.extra_slots == (Slot("urn:example:more", ("a", "b")),)
     assert ebrim.decode_object(ebrim.encode_object(association)) == association
-    assert association.extra_slots[0].values == ("1",)
+
+
+def test_classifications_and_identifiers_of_other_schemes_stay():
+    element = _list(
+        f'<rim:ExtrinsicObject id="d" objectType="{uids.STABLE_DOCUMENT}">'
+        '<rim:Name><rim:LocalizedString xml:lang="de" value="Bild"/>'
+        '<rim:LocalizedString xml:lang="fr" value="Image"/></rim:Name>'
+        '<rim:Classification id="c" classifiedObject="d" classificationScheme="urn:example:s" nodeRepresentation="x">'
+        + _slot("codingScheme", "1.2.3")
+        + '<rim:Name><rim:LocalizedString value="X"/></rim:Name></rim:Classification>'
+        '<rim:Classification id="n" classifiedObject="d" classificationNode="urn:example:node"/>'
+        '<rim:ExternalIdentifier id="i" registryObject="d" identificationScheme="urn:example:i" value="7">'
+        '<rim:Name><rim:LocalizedString value="seven"/></rim:Name></rim:ExternalIdentifier>'
+        "</rim:ExtrinsicObject>"
+    )
+    (entry,) = ebrim.decode_registry_objects(element).documents
+    assert (entry.title, entry.title_language) == ("Bild", "de")
+    assert entry.translations == (Translation("title", "Image", "fr"),)
+    assert entry.extra_classifications == (
+        Classification("urn:example:s", "", "x", "X", (Slot("codingScheme", ("1.2.3",)),)),
+        Classification(node="urn:example:node"),
+    )
+    assert entry.extra_identifiers == (ExternalIdentifier("urn:example:i", "7", "seven"),)
+    written = ebrim.encode_object(entry)
+    assert ebrim.decode_object(written) == entry
+    assert etree.tostring(ebrim.encode_object(ebrim.decode_object(written))) == etree.tostring(written)
 
 
 def test_authors_keep_their_order_and_content():

@@ -1,22 +1,42 @@
-"""A registry on a file of its own for each test, with a clock that the test sets."""
+"""A registry of its own for each test, with a clock that the test sets: on SQLite, and on PostgreSQL where it is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from pathlib import Path
 
 import pytest
 
+from tests.registry import postgresql
 from tests.registry.samples import HOME
 from xca_imaging.registry import Registry
 
 NOW = datetime(2024, 3, 1, 8, 30, 15, tzinfo=UTC)
 
+NewUrl = Callable[[], str]
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[str]:
+    """A PostgreSQL server; its address without a database."""
+    with postgresql.serve() as address:
+        yield address
+
+
+@pytest.fixture(
+    scope="module", params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.peer, pytest.mark.slow])]
+)
+def new_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NewUrl:
+    """Makes empty databases: of each kind that the registry runs on, one after the other."""
+    if request.param == "postgresql":
+        server = request.getfixturevalue("postgresql_server")
+        return lambda: postgresql.new_database(server)
+    return lambda: f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+
 
 @pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'registry.db'}"
+def url(new_url: NewUrl) -> str:
+    return new_url()
 
 
 @pytest.fixture

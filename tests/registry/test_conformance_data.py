@@ -8,12 +8,12 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
 import pytest
 
+from tests.registry.conftest import NewUrl
 from tests.registry.samples import HOME, PATIENT, decoded, new_uid
 from tests.support.shared import ROOT, shared_path
 from xca_imaging import uids
@@ -87,11 +87,10 @@ def _with_memberships(submission: Submission) -> Submission:
 
 
 @pytest.fixture(scope="module")
-def load(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+def load(new_url: NewUrl) -> Iterator[Load]:
     """The five submissions of data load 12346."""
     shared_path(DATA)
-    path: Path = tmp_path_factory.mktemp("conformance") / "registry.db"
-    loaded = Load(Registry.open(f"sqlite:///{path}", home_community_id=HOME), {}, {})
+    loaded = Load(Registry.open(new_url(), home_community_id=HOME), {}, {})
     for section in steps()["12346"]:
         loaded.submit("12346", section)
     yield loaded

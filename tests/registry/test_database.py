@@ -19,6 +19,12 @@ from xca_imaging.registry.database import Database, chunks
 from xca_imaging.registry.tables import Base
 
 
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """SQLite's: what is PostgreSQL's own has a file of its own."""
+    return f"sqlite:///{tmp_path / 'registry.db'}"
+
+
 def schema(path: Path) -> dict[str, str]:
     """Return the definition of every table and index, with white space levelled and constraints in order."""
     with sqlite3.connect(path) as connection:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.dialects import sqlite
 
+from tests.registry.conftest import NewUrl
 from tests.registry.samples import (
     HOME,
     KOS,
@@ -65,9 +64,8 @@ def load(registry: Registry) -> None:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
-    path = tmp_path_factory.mktemp("search") / "registry.db"
-    registry = Registry.open(f"sqlite:///{path}", home_community_id=HOME)
+def loaded(new_url: NewUrl) -> Iterator[Registry]:
+    registry = Registry.open(new_url(), home_community_id=HOME)
     load(registry)
     yield registry
     registry.close()
@@ -343,51 +341,10 @@ def test_a_query_is_bounded(loaded: Registry) -> None:
             find(loaded, **parameters)
 
 
-# --- Plans ------------------------------------------------------------------------------------------------------------
-
-
-def plan(registry: Registry, query: FindDocuments) -> list[str]:
-    """Return SQLite's steps for a query."""
-    statement = search.find_documents(query, leaves=True)
-    compiled = str(
-        statement.compile(
-            dialect=sqlite.dialect(),  # type: ignore[no-untyped-call]
-            compile_kwargs={"literal_binds": True},
-        )
-    )
-    with registry.database.reading() as connection:
-        return [row.detail for row in connection.exec_driver_sql("EXPLAIN QUERY PLAN " + compiled.replace("%", "%%"))]
-
-
-def test_find_documents_starts_from_the_patient_and_scans_nothing(loaded: Registry) -> None:
-    steps = plan(
-        loaded,
-        FindDocuments(
-            patient_id=PATIENT,
-            status=(uids.APPROVED, uids.DEPRECATED),
-            class_codes=(code("a"), code("b")),
-            event_codes=((code("x"),), (code("y"),)),
-            confidentiality_codes=((code("N"),),),
-            author_persons=("%Ada%",),
-            creation_time_from="2024",
-            service_start_time_to="2025",
-        ),
-    )
-    assert any("ix_registry_objects_patient_id_kind_status (patient_id=? AND kind=? AND status=?)" in s for s in steps)
-    assert not [step for step in steps if step.startswith("SCAN")]
-
-
-def test_find_documents_by_reference_id_uses_the_index_of_reference_ids(loaded: Registry) -> None:
-    query = FindDocuments(patient_id=PATIENT, status=(uids.APPROVED,), reference_ids=((STUDY,), (ACCESSION,)))
-    steps = plan(loaded, query)
-    assert [step for step in steps if "document_reference_ids USING PRIMARY KEY (reference_id=?" in step]
-    assert not [step for step in steps if step.startswith("SCAN")]
-
-
 # --- Manifests of a study ---------------------------------------------------------------------------------------------
 
 
-def test_the_approved_manifests_of_a_study(registry: Registry, tmp_path: Path) -> None:
+def test_the_approved_manifests_of_a_study(registry: Registry) -> None:
     study = "1.2.826.0.1.3680043.8.498.7"
     reference = (study_reference(study),)
     old, report = document(reference_ids=reference), document(reference_ids=reference, format_code=code("pdf"))

@@ -1,7 +1,7 @@
 """Document metadata in ebRIM 3.0: model values to elements and back.
 
-Reading and writing follow the same tables (`metadata.layouts`), so that what is read is written again. Slots that IHE
-does not define stay with the object.
+Reading and writing follow the same tables (`metadata.layouts`), so that what is read is written again. Slots,
+classifications and external identifiers that IHE does not define stay with the object.
 
 Reading does not judge: a missing or ill-formed attribute is `metadata.validate`'s business. It reports only what the
 model has no room for (two values where one is allowed, a size that is no number, a package that is neither a
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from lxml import etree
 
@@ -28,14 +28,17 @@ from xca_imaging.metadata import layouts
 from xca_imaging.metadata.model import (
     Association,
     Author,
+    Classification,
     Code,
     DocumentEntry,
+    ExternalIdentifier,
     Folder,
     ObjectRef,
     RegistryObject,
     Slot,
     Submission,
     SubmissionSet,
+    Translation,
 )
 from xca_imaging.wire.xml import qname
 
@@ -57,6 +60,9 @@ _NAME = qname(uids.NS_RIM, "Name")
 _DESCRIPTION = qname(uids.NS_RIM, "Description")
 _LOCALIZED_STRING = qname(uids.NS_RIM, "LocalizedString")
 _VERSION_INFO = qname(uids.NS_RIM, "VersionInfo")
+_LANG = qname(uids.NS_XML, "lang")
+
+_TEXTS: tuple[tuple[str, Literal["title", "comments"]], ...] = ((_NAME, "title"), (_DESCRIPTION, "comments"))
 
 _LIMITED_METADATA = {  # TF-3 4.2.3.1: marks of XDM and XDR; XDS forbids limited metadata (4.3.1)
     "urn:uuid:ab9b591b-83ab-4d03-8f5d-f93b1fb92e85",
@@ -195,16 +201,14 @@ class _Reader:
             attribute: element.get(name, "").strip() for name, attribute in layout.attributes.items()
         }
         if layout.named:
-            values["title"] = _localized(element.find(_NAME))
-            values["comments"] = _localized(element.find(_DESCRIPTION))
+            values.update(_texts(element))
         version = element.find(_VERSION_INFO)
         values["version"] = "" if version is None else version.get("versionName", "")
         slots = self._slots(element, where)
         values.update(self._known_slots(slots, layout.slots, where))
         if "size" in values:
             values["size"] = self._size(values["size"], where)
-        known = {rule.name for rule in layout.slots}
-        values["extra_slots"] = tuple(Slot(name, found) for name, found in slots.items() if name not in known)
+        values["extra_slots"] = _extra_slots(slots, layout.slots)
         values.update(self._classifications(element, layout, where))
         values.update(self._identifiers(element, layout, where))
         if element.tag == _REGISTRY_PACKAGE and element.find(_REGISTRY_OBJECT_LIST) is not None:
@@ -245,6 +249,7 @@ class _Reader:
         rules = {rule.scheme: rule for rule in layout.codes}
         codes: dict[str, list[Code]] = {rule.field: [] for rule in layout.codes}
         authors: list[Author] = []
+        extra: list[Classification] = []
         for child in element.iterchildren(_CLASSIFICATION):
             self._parent(child, "classifiedObject", element, where)
             scheme = child.get("classificationScheme", "")
@@ -252,10 +257,14 @@ class _Reader:
                 codes[rules[scheme].field].append(self._code(child, f"{where}: {rules[scheme].attribute}"))
             elif scheme and scheme == layout.author_scheme:
                 slots = self._slots(child, f"{where}: author")
-                authors.append(Author(**dict(self._known_slots(slots, layouts.AUTHOR_SLOTS, where))))  # type: ignore[arg-type]
+                known: dict[str, Any] = dict(self._known_slots(slots, layouts.AUTHOR_SLOTS, where))
+                authors.append(Author(**known, extra_slots=_extra_slots(slots, layouts.AUTHOR_SLOTS)))
             elif child.get("classificationNode", "") in _LIMITED_METADATA:
                 self._problem(where, "limitedMetadata is not allowed")
+            elif scheme or child.get("classificationNode", "") not in layouts.PACKAGES:
+                extra.append(self._unknown_classification(child, where))
         values: dict[str, Any] = {"authors": tuple(authors)} if layout.author_scheme else {}
+        values["extra_classifications"] = tuple(extra)
         for rule in layout.codes:
             found = codes[rule.field]
             if rule.many:
@@ -266,6 +275,15 @@ class _Reader:
             values[rule.field] = found[0] if found else None
         return values
 
+    def _unknown_classification(self, element: etree._Element, where: str) -> Classification:
+        return Classification(
+            element.get("classificationScheme", ""),
+            element.get("classificationNode", ""),
+            element.get("nodeRepresentation", ""),
+            _localized(element.find(_NAME)),
+            _extra_slots(self._slots(element, where), ()),
+        )
+
     def _code(self, element: etree._Element, where: str) -> Code:
         schemes = self._slots(element, where).get("codingScheme", ())
         if len(schemes) > 1:
@@ -273,18 +291,21 @@ class _Reader:
         scheme = schemes[0].strip() if schemes else ""
         return Code(element.get("nodeRepresentation", "").strip(), scheme, _localized(element.find(_NAME)))
 
-    def _identifiers(self, element: etree._Element, layout: layouts.Layout, where: str) -> dict[str, str]:
+    def _identifiers(self, element: etree._Element, layout: layouts.Layout, where: str) -> dict[str, Any]:
         rules = {rule.scheme: rule for rule in layout.identifiers}
-        values = {rule.field: "" for rule in layout.identifiers}
+        values: dict[str, Any] = {rule.field: "" for rule in layout.identifiers}
+        extra: list[ExternalIdentifier] = []
         for child in element.iterchildren(_EXTERNAL_IDENTIFIER):
             self._parent(child, "registryObject", element, where)
-            rule = rules.get(child.get("identificationScheme", ""))
+            scheme, value = child.get("identificationScheme", ""), child.get("value", "")
+            rule = rules.get(scheme)
             if rule is None:
-                continue
-            if values[rule.field]:
+                extra.append(ExternalIdentifier(scheme, value, _localized(child.find(_NAME))))
+            elif values[rule.field]:
                 self._problem(where, f"{rule.name} stands twice")
             else:
-                values[rule.field] = child.get("value", "").strip()
+                values[rule.field] = value.strip()
+        values["extra_identifiers"] = tuple(extra)
         return values
 
     def _parent(self, child: etree._Element, attribute: str, parent: etree._Element, where: str) -> None:
@@ -294,12 +315,30 @@ class _Reader:
             self._problem(where, f"{attribute} of {child.get('id', 'a nested object')} names {named!r} instead")
 
 
+def _extra_slots(slots: Mapping[str, tuple[str, ...]], rules: tuple[layouts.SlotRule, ...]) -> tuple[Slot, ...]:
+    known = {rule.name for rule in rules}
+    return tuple(Slot(name, values) for name, values in slots.items() if name not in known)
+
+
 def _localized(element: etree._Element | None) -> str:
-    """Return the first text of a Name or Description; language and charset are not looked at."""
+    """Return the first text of a name; language and charset are not looked at."""
     if element is None:
         return ""
     localized = element.find(_LOCALIZED_STRING)
     return "" if localized is None else localized.get("value", "")
+
+
+def _texts(element: etree._Element) -> Iterator[tuple[str, Any]]:
+    """Yield title and comments, each the first text that is given, their languages, and the texts beyond these."""
+    translations: list[Translation] = []
+    for tag, attribute in _TEXTS:
+        parent = element.find(tag)
+        found = () if parent is None else tuple(parent.iterchildren(_LOCALIZED_STRING))
+        texts = [Translation(attribute, each.get("value", ""), each.get(_LANG, "")) for each in found]
+        yield attribute, texts[0].text if texts else ""
+        yield f"{attribute}_language", texts[0].language if texts else ""
+        translations += texts[1:]
+    yield "translations", tuple(translations)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -360,9 +399,7 @@ def _write(item: RegistryObject, layout: layouts.Layout) -> etree._Element:
     for slot in item.extra_slots:
         _add_slot(element, slot.name, slot.values)
     if layout.named:
-        named = cast("DocumentEntry | SubmissionSet | Folder", item)
-        _add_localized(element, _NAME, named.title)
-        _add_localized(element, _DESCRIPTION, named.comments)
+        _add_texts(element, cast("DocumentEntry | SubmissionSet | Folder", item))
     if item.version:
         etree.SubElement(element, _VERSION_INFO).set("versionName", item.version)
     ids = _nested_ids(item.entry_uuid)
@@ -370,13 +407,10 @@ def _write(item: RegistryObject, layout: layouts.Layout) -> etree._Element:
     for identifier in layout.identifiers:
         value = getattr(item, identifier.field)
         if value:
-            child = etree.SubElement(element, _EXTERNAL_IDENTIFIER)
-            child.set("id", next(ids))
-            child.set("registryObject", item.entry_uuid)
-            child.set("identificationScheme", identifier.scheme)
-            child.set("objectType", _EXTERNAL_IDENTIFIER_TYPE)
-            child.set("value", value)
-            _add_localized(child, _NAME, identifier.name)
+            known = ExternalIdentifier(identifier.scheme, value, identifier.name)
+            _add_identifier(element, item.entry_uuid, next(ids), known)
+    for unknown in item.extra_identifiers:
+        _add_identifier(element, item.entry_uuid, next(ids), unknown)
     return element
 
 
@@ -393,6 +427,8 @@ def _add_classifications(
                 values = tuple(value) if rule.many else (value,) if value else ()
                 if values:
                     _add_slot(child, rule.name, values)
+            for slot in author.extra_slots:
+                _add_slot(child, slot.name, slot.values)
     for code_rule in layout.codes:
         value = getattr(item, code_rule.field)
         codes: tuple[Code, ...] = value if code_rule.many else () if value is None else (value,)
@@ -403,6 +439,18 @@ def _add_classifications(
             if code.scheme:
                 _add_slot(child, "codingScheme", (code.scheme,))
             _add_localized(child, _NAME, code.display)
+    for unknown in item.extra_classifications:
+        child = _add_classification(element, item.entry_uuid, next(ids))
+        for name, value in (
+            ("classificationScheme", unknown.scheme),
+            ("classificationNode", unknown.node),
+            ("nodeRepresentation", unknown.representation),
+        ):
+            if value:
+                child.set(name, value)
+        for slot in unknown.slots:
+            _add_slot(child, slot.name, slot.values)
+        _add_localized(child, _NAME, unknown.name)
     if layout.marker:
         _add_classification(element, item.entry_uuid, next(ids)).set("classificationNode", layout.marker)
 
@@ -413,6 +461,16 @@ def _add_classification(element: etree._Element, classified: str, child_id: str)
     child.set("classifiedObject", classified)
     child.set("objectType", _CLASSIFICATION_TYPE)
     return child
+
+
+def _add_identifier(element: etree._Element, identified: str, child_id: str, identifier: ExternalIdentifier) -> None:
+    child = etree.SubElement(element, _EXTERNAL_IDENTIFIER)
+    child.set("id", child_id)
+    child.set("registryObject", identified)
+    child.set("identificationScheme", identifier.scheme)
+    child.set("objectType", _EXTERNAL_IDENTIFIER_TYPE)
+    child.set("value", identifier.value)
+    _add_localized(child, _NAME, identifier.name)
 
 
 def _nested_ids(entry_id: str) -> Iterator[str]:
@@ -437,6 +495,20 @@ def _add_slot(element: etree._Element, name: str, values: tuple[str, ...]) -> No
     value_list = etree.SubElement(slot, _VALUE_LIST)
     for value in values:
         etree.SubElement(value_list, _VALUE).text = value
+
+
+def _add_texts(element: etree._Element, item: DocumentEntry | SubmissionSet | Folder) -> None:
+    for tag, attribute in _TEXTS:
+        first = Translation(attribute, getattr(item, attribute), getattr(item, f"{attribute}_language"))
+        others = [text for text in item.translations if text.attribute == attribute]
+        if not (first.text or first.language or others):
+            continue
+        parent = etree.SubElement(element, tag)
+        for text in (first, *others):
+            child = etree.SubElement(parent, _LOCALIZED_STRING)
+            if text.language:
+                child.set(_LANG, text.language)
+            child.set("value", text.text)
 
 
 def _add_localized(element: etree._Element, tag: str, text: str) -> None:

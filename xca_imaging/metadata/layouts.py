@@ -162,7 +162,13 @@ ASSOCIATION = Layout(
         "targetObject": "target",
     },
     fixed={"objectType": OBJECT_TYPE + "Association"},
-    slots=(SlotRule("SubmissionSetStatus", "submission_set_status"),),
+    slots=(
+        SlotRule("SubmissionSetStatus", "submission_set_status"),
+        SlotRule("PreviousVersion", "previous_version"),
+        SlotRule("AssociationPropagation", "association_propagation"),
+        SlotRule("OriginalStatus", "original_status"),
+        SlotRule("NewStatus", "new_status"),
+    ),
     codes=(CodeRule("urn:uuid:abd807a3-4432-4053-87b4-fd82c643d1f3", "associationDocumentation", "documentation"),),
     named=False,
 )

@@ -1,6 +1,9 @@
 """Document metadata as plain frozen values (ITI TF-3, 4.2.3).
 
-Every object keeps what it does not know by name in `extra_slots`, so that reading and writing again loses nothing.
+Every object keeps what it does not know by name (`extra_slots`, `extra_classifications`, `extra_identifiers`) and its
+texts in other languages (`translations`), so that reading and writing again loses nothing. What is not kept carries no
+meaning: ids of nested elements, their order, white space around values.
+
 Times are DTM strings in UTC as they stand on the wire (`YYYY[MM[DD[hh[mm[ss]]]]]`), identifiers are strings in their
 HL7 v2 data type (CX, XCN, XON), because the registry must give back exactly what it was given.
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from xca_imaging import uids
 
@@ -35,6 +39,35 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Classification:
+    """A rim:Classification of a scheme that IHE does not define, or of a node (ebRIM 3.0, 2.11)."""
+
+    scheme: str = ""
+    node: str = ""
+    representation: str = ""
+    name: str = ""
+    slots: tuple[Slot, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExternalIdentifier:
+    """A rim:ExternalIdentifier of a scheme that IHE does not define (ebRIM 3.0, 2.5)."""
+
+    scheme: str
+    value: str
+    name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """A further text of a title or of comments: each is a rim:LocalizedString (ebRIM 3.0, 2.8)."""
+
+    attribute: Literal["title", "comments"]
+    text: str
+    language: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Author:
     """One author (4.2.3.1.4): a person (XCN) or device, institutions (XON), roles, specialties, telecommunication."""
 
@@ -43,6 +76,7 @@ class Author:
     roles: tuple[str, ...] = ()
     specialties: tuple[str, ...] = ()
     telecommunications: tuple[str, ...] = ()
+    extra_slots: tuple[Slot, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +105,10 @@ class DocumentEntry:
     availability_status: str = ""
     version: str = ""
     title: str = ""
+    title_language: str = ""
     comments: str = ""
+    comments_language: str = ""
+    translations: tuple[Translation, ...] = ()
     creation_time: str = ""
     service_start_time: str = ""
     service_stop_time: str = ""
@@ -93,6 +130,8 @@ class DocumentEntry:
     authors: tuple[Author, ...] = ()
     reference_ids: tuple[str, ...] = ()
     extra_slots: tuple[Slot, ...] = ()
+    extra_classifications: tuple[Classification, ...] = ()
+    extra_identifiers: tuple[ExternalIdentifier, ...] = ()
 
     @property
     def study_instance_uids(self) -> tuple[str, ...]:
@@ -115,11 +154,16 @@ class SubmissionSet:
     availability_status: str = ""
     version: str = ""
     title: str = ""
+    title_language: str = ""
     comments: str = ""
+    comments_language: str = ""
+    translations: tuple[Translation, ...] = ()
     content_type_code: Code | None = None
     authors: tuple[Author, ...] = ()
     intended_recipients: tuple[str, ...] = ()
     extra_slots: tuple[Slot, ...] = ()
+    extra_classifications: tuple[Classification, ...] = ()
+    extra_identifiers: tuple[ExternalIdentifier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,14 +179,23 @@ class Folder:
     availability_status: str = ""
     version: str = ""
     title: str = ""
+    title_language: str = ""
     comments: str = ""
+    comments_language: str = ""
+    translations: tuple[Translation, ...] = ()
     codes: tuple[Code, ...] = ()
     extra_slots: tuple[Slot, ...] = ()
+    extra_classifications: tuple[Classification, ...] = ()
+    extra_identifiers: tuple[ExternalIdentifier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Association:
-    """rim:Association (4.2.2): `source` --type--> `target`, both entryUUIDs or symbolic ids."""
+    """rim:Association (4.2.2): `source` --type--> `target`, both entryUUIDs or symbolic ids.
+
+    `previous_version` and `association_propagation` stand on the membership of an updated object, `original_status`
+    and `new_status` on an UpdateAvailabilityStatus association (ITI-57).
+    """
 
     entry_uuid: str
     type: str
@@ -153,8 +206,14 @@ class Association:
     availability_status: str = ""
     version: str = ""
     submission_set_status: str = ""
+    previous_version: str = ""
+    association_propagation: str = ""
+    original_status: str = ""
+    new_status: str = ""
     documentation: Code | None = None
     extra_slots: tuple[Slot, ...] = ()
+    extra_classifications: tuple[Classification, ...] = ()
+    extra_identifiers: tuple[ExternalIdentifier, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +229,7 @@ RegistryObject = DocumentEntry | SubmissionSet | Folder | Association
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What one lcm:SubmitObjectsRequest holds (ITI-41, ITI-42)."""
+    """What one lcm:SubmitObjectsRequest holds (ITI-41, ITI-42, ITI-57, ITI-61)."""
 
     submission_sets: tuple[SubmissionSet, ...] = ()
     documents: tuple[DocumentEntry, ...] = ()

@@ -105,8 +105,8 @@ class Database:
         finally:
             self._writer.release()
 
-    def migrate(self) -> None:
-        """Bring the schema to what this version of the software needs.
+    def migrate(self, revision: str = "head") -> None:
+        """Bring the schema to what this version of the software needs, or up to an older revision.
 
         Raises
         ------
@@ -118,7 +118,7 @@ class Database:
         try:
             with self.writing() as connection:
                 config.attributes["connection"] = connection
-                alembic.command.upgrade(config, "head")
+                alembic.command.upgrade(config, revision)
         except CommandError as problem:
             raise errors.ConfigurationError(
                 self.name, "", f"the registry's schema cannot be used: {problem}", "was it written by a newer version?"

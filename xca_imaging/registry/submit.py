@@ -296,6 +296,8 @@ def _insert(connection: Connection, submission: Submission, ids: dict[str, int])
                 "patient_id": getattr(item, "patient_id", patient_id),
                 "status": Status.APPROVED,
                 "xml": xml.serialize(ebrim.encode_object(item)),
+                "logical_id": item.logical_id,
+                "version": 1,
             }
             for item in submission
         ],
@@ -341,6 +343,7 @@ def _document_rows(
             "practice_setting_code": _code(document.practice_setting_code),
             "hash": document.hash or None,
             "size": document.size,
+            "availability": document.document_availability or None,
         }
     )
     rows[EventCodeRow] += [{"document_id": number, "code": key} for key in _code_keys(document.event_codes)]

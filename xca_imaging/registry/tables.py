@@ -48,6 +48,13 @@ class Status(enum.StrEnum):
 STATUS_OF_URN = {uids.APPROVED: Status.APPROVED, uids.DEPRECATED: Status.DEPRECATED}
 
 
+class PatientStatus(enum.StrEnum):
+    """Whether a patient id is in use; `patients.status`."""
+
+    ACTIVE = "Active"
+    MERGED = "Merged"
+
+
 class Base(DeclarativeBase):
     """Declarative base; constraint names are fixed, so that migrations can name them on every database."""
 
@@ -61,8 +68,11 @@ class Base(DeclarativeBase):
     )
 
 
+_FIRST_PACKAGES = text("kind IN ('SubmissionSet', 'Folder') AND version = 1")
+
+
 class ObjectRow(Base):
-    """One registry object of any kind."""
+    """One registry object of any kind; each version of it is a row of its own."""
 
     __tablename__ = "registry_objects"
 
@@ -75,19 +85,26 @@ class ObjectRow(Base):
     """CX; an association's is that of its submission set."""
     status: Mapped[str] = mapped_column(Text)
     xml: Mapped[bytes] = mapped_column(LargeBinary)
-    """ebRIM element as UTF-8 with its own namespace declarations. Last column: long values leave the row's page."""
+    """ebRIM element as UTF-8 with its own namespace declarations. After the columns that queries read: long values
+    leave the row's page, and what stands behind them is slow to reach."""
+    logical_id: Mapped[str] = mapped_column(Text, server_default="")
+    """entryUUID of the object's first version, the same for all its versions (ITI-57)."""
+    version: Mapped[int] = mapped_column(Integer, server_default="1")
+    """VersionInfo/@versionName: 1 for what was registered, one more with each update."""
 
     __table_args__ = (
         Index("uq_registry_objects_entry_uuid", "entry_uuid", unique=True),
         Index("ix_registry_objects_patient_id_kind_status", "patient_id", "kind", "status"),
         Index("ix_registry_objects_unique_id", "unique_id"),
-        # Several DocumentEntries may share a uniqueId (TF-2 3.42.4.1.3.3.1); submission sets and folders may not.
+        Index("ix_registry_objects_logical_id", "logical_id"),
+        # Several DocumentEntries may share a uniqueId (TF-2 3.42.4.1.3.3.1); submission sets and folders may not,
+        # but for the versions of one folder.
         Index(
             "uq_registry_objects_package_unique_id",
             "unique_id",
             unique=True,
-            sqlite_where=text("kind IN ('SubmissionSet', 'Folder')"),
-            postgresql_where=text("kind IN ('SubmissionSet', 'Folder')"),
+            sqlite_where=_FIRST_PACKAGES,
+            postgresql_where=_FIRST_PACKAGES,
         ),
     )
 
@@ -109,13 +126,24 @@ class DocumentEntryRow(Base):
     practice_setting_code: Mapped[str | None] = mapped_column(Text)
     hash: Mapped[str | None] = mapped_column(Text)
     size: Mapped[int | None] = mapped_column(BigInteger)
+    availability: Mapped[str | None] = mapped_column(Text)
+    """documentAvailability, as the URN that it is; None counts as online."""
+
+    __table_args__ = (
+        # Queries for many patients may start from one of these (TF-2 3.51.4.1.2.3).
+        Index("ix_document_entries_class_code", "class_code"),
+        Index("ix_document_entries_healthcare_facility_type_code", "healthcare_facility_type_code"),
+    )
 
 
 class EventCodeRow(Base):
     """A DocumentEntry's eventCodeList."""
 
     __tablename__ = "document_event_codes"
-    __table_args__ = ({"sqlite_with_rowid": False},)
+    __table_args__ = (
+        Index("ix_document_event_codes_code", "code"),
+        {"sqlite_with_rowid": False},
+    )
 
     document_id: Mapped[int] = mapped_column(RowNumber, ForeignKey("document_entries.id"), primary_key=True)
     code: Mapped[str] = mapped_column(Text, primary_key=True)
@@ -185,7 +213,10 @@ class FolderCodeRow(Base):
     """A Folder's codeList."""
 
     __tablename__ = "folder_codes"
-    __table_args__ = ({"sqlite_with_rowid": False},)
+    __table_args__ = (
+        Index("ix_folder_codes_code", "code"),
+        {"sqlite_with_rowid": False},
+    )
 
     folder_id: Mapped[int] = mapped_column(RowNumber, ForeignKey("folders.id"), primary_key=True)
     code: Mapped[str] = mapped_column(Text, primary_key=True)
@@ -207,12 +238,43 @@ class AssociationRow(Base):
 
 
 class PatientRow(Base):
-    """A patient known by an identity feed; asked only with `registry.strict_patients`."""
+    """A patient id known by an identity feed (ITI-8, ITI-44).
+
+    Who is not here may be registered all the same, unless `registry.strict_patients` is set; who has been merged into
+    another may not. The objects of a merged patient have been re-linked to the survivor: queries need not look here.
+    """
 
     __tablename__ = "patients"
-    __table_args__ = ({"sqlite_with_rowid": False},)
+    __table_args__ = (
+        Index("ix_patients_merged_into", "merged_into"),
+        {"sqlite_with_rowid": False},
+    )
 
     patient_id: Mapped[str] = mapped_column(Text, primary_key=True)
+    status: Mapped[str] = mapped_column(Text, server_default=PatientStatus.ACTIVE)
+    merged_into: Mapped[str | None] = mapped_column(Text)
+    """The surviving patient id, when `status` is Merged. It may have been merged into another later."""
+
+
+class EventRow(Base):
+    """What happened to registered objects and patients, with the facts that an audit message needs."""
+
+    __tablename__ = "registry_events"
+    __table_args__ = (
+        Index("ix_registry_events_time", "time"),
+        Index("ix_registry_events_patient_id", "patient_id"),
+    )
+
+    id: Mapped[int] = mapped_column(RowNumber, primary_key=True)
+    time: Mapped[str] = mapped_column(Text)
+    """DTM in UTC."""
+    transaction: Mapped[str] = mapped_column(Text)
+    """`ITI-57`, `ITI-62`, `ITI-44`, ..."""
+    action: Mapped[str] = mapped_column(Text)
+    """What was done, in one word of that transaction: `update`, `remove`, `merge`, ..."""
+    patient_id: Mapped[str | None] = mapped_column(Text)
+    facts: Mapped[str] = mapped_column(Text)
+    """JSON object: ids before and after, as the transaction defines them."""
 
 
 class StoredDocumentRow(Base):
