@@ -34,7 +34,7 @@ class Dropped:
 
 
 class Arrival:
-    """A wanted instance on its way into the spool.
+    """A wanted instance on its way in, whoever writes its bytes.
 
     Parameters
     ----------
@@ -49,9 +49,9 @@ class Arrival:
         header and calls `settle`.
     """
 
-    # Mutable state: the writer, the spooled instance after `commit`, when progress was told last, and whether it is
-    # over (committed or broken).
-    __slots__ = ("_is_over", "_tell", "_tell_every", "_told_at", "_verify", "_writer", "instance", "number")
+    # Mutable state: the spooled instance once it is owned, when progress was told last and the bytes since then, and
+    # whether it is over (owned or broken).
+    __slots__ = ("_is_over", "_tell", "_tell_every", "_told_at", "_untold", "_verify", "instance", "number")
 
     def __init__(
         self,
@@ -64,12 +64,56 @@ class Arrival:
         self.number = number
         self.instance: SpooledInstance | None = None
         self._tell, self._tell_every, self._verify = tell, tell_every, verify
-        self._writer: SpoolWriter | None = None
         self._told_at = time.monotonic()
+        self._untold = 0
         self._is_over = False
+
+    def progress(self, size: int) -> None:
+        """Learn that bytes have come."""
+        self._untold += size
+        now = time.monotonic()
+        if now - self._told_at >= self._tell_every:
+            told, self._untold, self._told_at = self._untold, 0, now
+            self._tell(BytesArrived(self.number, told))
+
+    def adopt(self, instance: SpooledInstance) -> int:
+        """Own it: spooled whole, and told to who waits for it."""
+        self.instance = instance
+        self._is_over = True
+        if self._verify is not None:
+            instance.hold()  # until `settle`
+            self._verify(self)
+        else:
+            self._tell(InstanceArrived(self.number, instance.size))
+        return SUCCESS
+
+    def discard(self, reason: str, no_room: bool = False) -> None:
+        """Tell that it will not come; harmless once it is owned or broken."""
+        if not self._is_over:
+            self._is_over = True
+            self._tell(StoreBroken(self.number, reason, no_room))
+
+    def settle(self, place: tuple[str, str] | Exception) -> None:
+        """Tell that it arrived, after its study and series were read, or why they could not be."""
+        assert self.instance is not None
+        if isinstance(place, Exception):
+            self._tell(StoreBroken(self.number, f"its header cannot be read: {place}"))
+        else:
+            self._tell(InstanceArrived(self.number, self.instance.size, *place))
+        self.instance.release()
+
+
+class SpoolingArrival(Arrival):
+    """An arrival whose bytes are written here."""
+
+    # Mutable state: the writer, from `open` on.
+    __slots__ = ("_writer",)
+
+    _writer: SpoolWriter | None
 
     def open(self, spool: Spool, request: StoreRequest) -> Incoming | int:
         """Begin its file; return itself, or the DIMSE status when there is no room."""
+        self._writer = None
         try:
             self._writer = spool.create(
                 sop_class_uid=request.sop_class_uid,
@@ -78,7 +122,7 @@ class Arrival:
                 source_ae_title=request.association.calling_ae_title,
             )
         except (SpoolFull, OSError) as exc:
-            self._break(str(exc), no_room=True)
+            self.discard(str(exc), no_room=True)
             return OUT_OF_RESOURCES
         return self
 
@@ -88,46 +132,22 @@ class Arrival:
         try:
             self._writer.write(data)
         except (SpoolFull, OSError) as exc:
-            self._break(str(exc), no_room=True)
+            self.discard(str(exc), no_room=True)
             raise
-        now = time.monotonic()
-        if now - self._told_at >= self._tell_every:
-            self._told_at = now
-            self._tell(BytesArrived(self.number))
+        self.progress(len(data))
 
     def commit(self) -> int:
-        """Own it: spooled whole, and told to who waits for it."""
+        """Own it."""
         assert self._writer is not None
         try:
-            self.instance = self._writer.commit()
+            instance = self._writer.commit()
         except (SpoolFull, OSError) as exc:
-            self._break(str(exc), no_room=True)
+            self.discard(str(exc), no_room=True)
             return OUT_OF_RESOURCES
-        self._is_over = True
-        if self._verify is not None:
-            self.instance.hold()  # until `settle`
-            self._verify(self)
-        else:
-            self._tell(InstanceArrived(self.number))
-        return SUCCESS
+        return self.adopt(instance)
 
-    def discard(self, reason: str) -> None:
+    def discard(self, reason: str, no_room: bool = False) -> None:
         """Leave nothing of it behind."""
-        self._break(reason, no_room=False)
-
-    def settle(self, place: tuple[str, str] | Exception) -> None:
-        """Tell that it arrived, after its study and series were read, or why they could not be."""
-        assert self.instance is not None
-        if isinstance(place, Exception):
-            self._tell(StoreBroken(self.number, f"its header cannot be read: {place}"))
-        else:
-            self._tell(InstanceArrived(self.number, *place))
-        self.instance.release()
-
-    def _break(self, reason: str, *, no_room: bool) -> None:
-        if self._is_over:
-            return
-        self._is_over = True
-        if self._writer is not None:
+        if not self._is_over and self._writer is not None:
             self._writer.discard()
-        self._tell(StoreBroken(self.number, reason, no_room))
+        super().discard(reason, no_room)

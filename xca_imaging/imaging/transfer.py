@@ -33,9 +33,10 @@ from xca_imaging.errors import (
     RepositoryError,
 )
 from xca_imaging.imaging import decisions as d
-from xca_imaging.imaging.arrival import Arrival, Dropped
+from xca_imaging.imaging.arrival import Arrival, Dropped, SpoolingArrival
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult, make_backends
 from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.budget import Budget
 from xca_imaging.imaging.facts import Facts, SeriesFinder
 from xca_imaging.imaging.ledger import Ledger, State, Want
 from xca_imaging.imaging.part10 import Part10Error, identify
@@ -47,7 +48,9 @@ from xca_imaging.imaging.spool import Spool, SpooledInstance
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+A = TypeVar("A", bound=Arrival)
 
+_SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 Annex C.5.6
 _NOT_AUTHORISED = 0x0124  # PS3.7 Annex C.5.13: what nobody asked for is not taken
 
 
@@ -153,6 +156,9 @@ class Transfers:
     ----------
     listener : tuple of str and int
         Host and port of our Storage SCP, set before `start`; for texts that say what to configure on a PACS.
+    on_availability : callable, optional
+        Takes an Instance Availability Notification: name of the PACS that sent it (None: cannot be told), data set and
+        its transfer syntax; returns the DIMSE status.
     """
 
     # Mutable state: the scheduler; transfers, stores, moves (their cancellation) and queries (their slot) by number;
@@ -176,6 +182,7 @@ class Transfers:
         seed: int | None = None,
     ) -> None:
         self.listener: tuple[str, int] = ("127.0.0.1", 11112)
+        self.on_availability: Callable[[str | None, bytes, str], int] | None = None
         self._settings = {each.name: each for each in pacs}
         self._routes = {each.retrieve_location_uid: each.name for each in pacs}
         self._ae_title, self._spool, self._tls = ae_title, spool, tls
@@ -187,7 +194,7 @@ class Transfers:
         self._note_every = min(1.0, stall_timeout / 8)
         self._make_backends, self._make_finder = make_backends or self._all_backends, make_finder or self._cfind
         self._scheduler = Scheduler(
-            {each.name: each.max_associations for each in pacs},
+            {each.name: Budget(each.max_associations) for each in pacs},
             stall_timeout=stall_timeout,
             randomness=random.Random(seed),  # noqa: S311 - spreads retries
             grace=grace,
@@ -487,31 +494,44 @@ class Transfers:
 
     def begin(self, request: StoreRequest) -> Incoming | int:
         """Take an instance that somebody waits for; refuse it (0124H) when nobody does."""
+        arrival = self._accept(request, SpoolingArrival)
+        return arrival.open(self._spool, request) if isinstance(arrival, SpoolingArrival) else arrival
+
+    def offer(self, request: StoreRequest) -> Arrival | Dropped | int:
+        """Decide as `begin` does, about an instance whose bytes another process writes."""
+        return self._accept(request, Arrival)
+
+    def _accept(self, request: StoreRequest, kind: type[A]) -> A | Dropped | int:
         store = next(self._numbers)
         uid, syntax = request.sop_instance_uid, request.transfer_syntax_uid
-        answer = self._offer(
-            d.StoreOffered(
-                store,
-                self._identify(request.association),
-                request.sop_class_uid,
-                uid,
-                syntax,
-                is_spooled=self._spool.find(uid, (syntax,)) is not None,
-            )
-        )
+        is_spooled = self._spool.find(uid, (syntax,)) is not None
+        pacs = self._identify(request.association)
+        answer = self._offer(d.StoreOffered(store, pacs, request.sop_class_uid, uid, syntax, is_spooled))
         match answer:
             case d.AcceptStore(verify=verify):
-                arrival = self._stores[store] = Arrival(
+                arrival = kind(
                     store, self._take_store, tell_every=self._note_every, verify=self._verify if verify else None
                 )
-                return arrival.open(self._spool, request)
+                self._stores[store] = arrival
+                return arrival
             case d.DropStore():
                 return Dropped()
             case d.RefuseStore(reason=reason):
-                _log.info(
-                    "%s sends %s, refused: %s", request.association.calling_ae_title, request.sop_instance_uid, reason
-                )
+                _log.info("%s sends %s, refused: %s", request.association.calling_ae_title, uid, reason)
         return _NOT_AUTHORISED
+
+    def create_instance(
+        self,
+        association: PeerAssociation,
+        sop_class_uid: str,
+        sop_instance_uid: str,
+        dataset: bytes,
+        transfer_syntax_uid: str,
+    ) -> int:
+        """Hand an Instance Availability Notification on to who listens for them."""
+        if self.on_availability is None:
+            return _SOP_CLASS_NOT_SUPPORTED
+        return self.on_availability(self._identify(association), dataset, transfer_syntax_uid)
 
     def _take_store(self, event: d.BytesArrived | d.InstanceArrived | d.StoreBroken) -> None:
         self._step(event)
@@ -542,6 +562,8 @@ class Transfers:
 
         A PACS may send under another AE title than the one that it is called by.
         """
+        if association.pacs is not None:
+            return association.pacs  # we requested it
         if association.id in self._peers:
             return self._peers[association.id]
         titled = [n for n, pacs in self._settings.items() if pacs.ae_title == association.calling_ae_title]
