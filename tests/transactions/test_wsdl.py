@@ -19,8 +19,17 @@ from xca_imaging.transactions.document_set import DocumentRequest, RetrieveReque
 from xca_imaging.wire import soap
 
 FILES = {
-    "registry": (table.ITI18, table.ITI42),
-    "repository": (table.ITI41, table.ITI43),
+    "registry": (
+        table.ITI18,
+        table.ITI42,
+        table.ITI44_ADD,
+        table.ITI44_REVISE,
+        table.ITI44_MERGE,
+        table.ITI57,
+        table.ITI61,
+        table.ITI62,
+    ),
+    "repository": (table.ITI41, table.ITI43, table.ITI86),
     "imaging-source": (table.RAD69,),
     "responding-gateway": (table.ITI38, table.ITI39),
     "responding-imaging-gateway": (table.RAD75,),
@@ -74,7 +83,7 @@ def test_every_schema_location_is_a_file_beside():
     """The server turns them into ?xsd=NAME by text, so they have to be plain file names."""
     for path in schemas.WSDL.iterdir():
         for location in re.findall(r'schemaLocation="([^"]*)"', path.read_text("utf-8")):
-            assert re.fullmatch(r"[a-z-]+\.xsd", location)
+            assert re.fullmatch(r"[a-z0-9-]+\.xsd", location)
             assert (schemas.WSDL / location).is_file()
 
 

@@ -5,14 +5,15 @@ anything else than `wsa:Action`.
 
 References
 ----------
-* IHE ITI TF-2, 3.18, 3.38, 3.39, 3.41, 3.42, 3.43; Appendix V (actions, SIMPLE and MTOM packaging)
+* IHE ITI TF-2, 3.18, 3.38, 3.39, 3.41, 3.42, 3.43, 3.44, 3.61; Appendix V (actions, SIMPLE and MTOM packaging)
+* IHE ITI XDS Metadata Update, 3.57; IHE ITI Remove Metadata and Documents, 3.62, 3.86
 * IHE RAD TF-2, 4.68, 4.69; IHE RAD XCA-I, 4.75
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lxml import etree
 
@@ -27,6 +28,9 @@ _PROVIDE_REQUEST = xml.qname(uids.NS_XDSB, "ProvideAndRegisterDocumentSetRequest
 _REGISTRY_RESPONSE = xml.qname(uids.NS_RS, "RegistryResponse")
 _RETRIEVE_REQUEST = xml.qname(uids.NS_XDSB, "RetrieveDocumentSetRequest")
 _RETRIEVE_RESPONSE = xml.qname(uids.NS_XDSB, "RetrieveDocumentSetResponse")
+_REMOVE_OBJECTS_REQUEST = xml.qname(uids.NS_LCM, "RemoveObjectsRequest")
+_REMOVE_DOCUMENTS_REQUEST = xml.qname(uids.NS_RMD, "RemoveDocumentsRequest")
+_FEED_ACKNOWLEDGEMENT = xml.qname(uids.NS_HL7V3, "MCCI_IN000002UV01")
 _IMAGING_REQUEST = xml.qname(uids.NS_XDSI, "RetrieveImagingDocumentSetRequest")
 
 
@@ -138,6 +142,57 @@ ITI43 = Transaction(
     response_root=_RETRIEVE_RESPONSE,
     mtom=True,
 )
+ITI44_ADD = Transaction(
+    name="iti44",
+    number="ITI-44",
+    title="Patient Identity Feed HL7 V3",
+    request_action=uids.ITI44_ADD,
+    response_action=uids.ITI44_RESPONSE,
+    request_root=xml.qname(uids.NS_HL7V3, "PRPA_IN201301UV02"),
+    response_root=_FEED_ACKNOWLEDGEMENT,
+)
+ITI44_REVISE = replace(
+    ITI44_ADD, request_action=uids.ITI44_REVISE, request_root=xml.qname(uids.NS_HL7V3, "PRPA_IN201302UV02")
+)
+ITI44_MERGE = replace(
+    ITI44_ADD, request_action=uids.ITI44_MERGE, request_root=xml.qname(uids.NS_HL7V3, "PRPA_IN201304UV02")
+)
+ITI57 = Transaction(
+    name="iti57",
+    number="ITI-57",
+    title="Update Document Set",
+    request_action=uids.ITI57_REQUEST,
+    response_action=uids.ITI57_RESPONSE,
+    request_root=_SUBMIT_REQUEST,
+    response_root=_REGISTRY_RESPONSE,
+)
+ITI61 = Transaction(
+    name="iti61",
+    number="ITI-61",
+    title="Register On-Demand Document Entry",
+    request_action=uids.ITI61_REQUEST,
+    response_action=uids.ITI61_RESPONSE,
+    request_root=_SUBMIT_REQUEST,
+    response_root=_REGISTRY_RESPONSE,
+)
+ITI62 = Transaction(
+    name="iti62",
+    number="ITI-62",
+    title="Remove Metadata",
+    request_action=uids.ITI62_REQUEST,
+    response_action=uids.ITI62_RESPONSE,
+    request_root=_REMOVE_OBJECTS_REQUEST,
+    response_root=_REGISTRY_RESPONSE,
+)
+ITI86 = Transaction(
+    name="iti86",
+    number="ITI-86",
+    title="Remove Documents",
+    request_action=uids.ITI86_REQUEST,
+    response_action=uids.ITI86_RESPONSE,
+    request_root=_REMOVE_DOCUMENTS_REQUEST,
+    response_root=_REGISTRY_RESPONSE,
+)
 RAD68 = Transaction(
     name="rad68",
     number="RAD-68",
@@ -169,7 +224,24 @@ RAD75 = Transaction(
     mtom=True,
 )
 
-TRANSACTIONS: tuple[Transaction, ...] = (ITI18, ITI38, ITI39, ITI41, ITI42, ITI43, RAD68, RAD69, RAD75)
+TRANSACTIONS: tuple[Transaction, ...] = (
+    ITI18,
+    ITI38,
+    ITI39,
+    ITI41,
+    ITI42,
+    ITI43,
+    ITI44_ADD,
+    ITI44_REVISE,
+    ITI44_MERGE,
+    ITI57,
+    ITI61,
+    ITI62,
+    ITI86,
+    RAD68,
+    RAD69,
+    RAD75,
+)
 
 BY_ACTION: Mapping[str, Transaction] = {
     transaction.request_action: transaction for transaction in TRANSACTIONS if transaction is not RAD68
