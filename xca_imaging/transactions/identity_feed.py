@@ -54,9 +54,14 @@ _ESCAPES = {"|": "\\F\\", "^": "\\S\\", "~": "\\R\\", "&": "\\T\\", "\\": "\\E\\
 _CHARACTERS = {sequence: character for character, sequence in _ESCAPES.items()}
 
 
+def escape(text: str) -> str:
+    """Return a text as an HL7 v2 value: delimiters escaped (HL7 v2.5, 2.7.1)."""
+    return "".join(_ESCAPES.get(character, character) for character in text)
+
+
 def patient_id_of(number: str, authority: str) -> str:
-    """Return the CX of an identifier as XDS restricts it, its delimiters escaped (ITI TF-3, 4.2.3.1.7)."""
-    return "".join(_ESCAPES.get(character, character) for character in number) + f"^^^&{authority}&ISO"
+    """Return the CX of an identifier as XDS restricts it (ITI TF-3, 4.2.3.1.7)."""
+    return f"{escape(number)}^^^&{authority}&ISO"
 
 
 def identifier_of(patient_id: str) -> tuple[str, str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from lxml import etree
 
@@ -36,6 +37,7 @@ TRANSACTIONS = (ITI44_ADD, ITI44_REVISE, ITI44_MERGE)
 INTERACTIONS = "2.16.840.1.113883.1.6"  # HL7: OID of interaction ids
 ACCEPTED, ERROR, REJECTED = "CA", "CE", "CR"  # accept acknowledgement: HL7 vocabulary AcknowledgementType
 
+_DEFAULT_NAMESPACE: Any = {None: uids.NS_HL7V3}  # lxml's stubs know no default namespace
 _PATIENT = ("controlActProcess", "subject", "registrationEvent", "subject1", "patient")
 _EVENT = ("controlActProcess", "subject", "registrationEvent")
 _REPLACED = ("replacementOf", "priorRegistration", "subject1", "priorRegisteredRole")
@@ -253,7 +255,7 @@ def encode_response(request: Request, *, message_id: str, creation_time: str, re
 def _envelope(
     root: str, message_id: str, creation_time: str, sender: Device | str, receiver: Device | str
 ) -> etree._Element:
-    message = etree.Element(root, nsmap={None: uids.NS_HL7V3})
+    message = etree.Element(root, nsmap=_DEFAULT_NAMESPACE)
     message.set("ITSVersion", "XML_1.0")
     _add(message, "id", root=message_id)
     _add(message, "creationTime", value=creation_time)
