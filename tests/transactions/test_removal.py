@@ -88,7 +88,7 @@ def test_no_document_to_remove():
         iti86.decode_request(etree.fromstring(f'<RemoveDocumentsRequest xmlns="{uids.NS_RMD}"/>'))
 
 
-# --- zeep, by the published WSDLs --------------------------------------------------------------------------------------
+# --- zeep, by the published WSDLs ------------------------------------------------------------------------------------
 
 
 def _sent(wsdl: str, operation: str, **arguments) -> etree._Element:
