@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,11 +13,17 @@ import pytest
 from pynetdicom import AE, evt
 from pynetdicom.presentation import AllStoragePresentationContexts
 
+from tests.support import peers
 from tests.support.scripted_pacs import Archive, ScriptedPacs
+from xca_imaging import settings
 from xca_imaging.errors import ConnectFailed, LocalProtocolError, PeerBusy, PeerRefused
 from xca_imaging.imaging.backends import MoveJob, MoveResult
 from xca_imaging.imaging.backends.cmove import CMove
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.ledger import Want
+
+# A pynetdicom peer that has rejected an association may, when it shuts down, abort it in a state that knows no abort.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture(autouse=True)
@@ -49,13 +54,19 @@ def series_of(wants: list[Want]) -> MoveJob:
     return MoveJob("SERIES", wants[0].study_instance_uid, wants[0].series_instance_uid)
 
 
-def requester(pacs: ScriptedPacs, **options: Any) -> CMove:
-    return CMove(pacs.settings, ae_title="XCAI", listener=("192.0.2.7", 11112), **options)
+LISTENER = ("192.0.2.7", 11112)
+
+
+def requester(pacs: settings.Pacs, *, idle_timeout: float = 3.0, **options: Any) -> CMove:
+    associations = Associations(
+        pacs, calling_ae_title="XCAI", listener=LISTENER, connect_timeout=5.0, idle_timeout=idle_timeout
+    )
+    return CMove(associations, ae_title="XCAI", listener=LISTENER, **options)
 
 
 async def move(pacs: ScriptedPacs, job: MoveJob, **options: Any) -> tuple[MoveResult, list[MoveResult]]:
     responses: list[MoveResult] = []
-    backend = requester(pacs, **options)
+    backend = requester(pacs.settings, **options)
     try:
         return await backend.move(job, responses.append), responses
     finally:
@@ -131,26 +142,26 @@ async def test_pacs_that_is_not_there(destination: tuple[str, int]) -> None:
     with scripted(destination) as (pacs, wants):
         away = pacs.settings
     with pytest.raises(ConnectFailed, match=str(away.port)):
-        await CMove(away, ae_title="XCAI", listener=destination).move(series_of(wants), lambda _: None)
+        await requester(away).move(series_of(wants), lambda _: None)
 
 
 async def test_abort_is_an_end_without_status(destination: tuple[str, int]) -> None:
     with scripted(destination, "abort_move") as (pacs, wants):
         result, _ = await move(pacs, series_of(wants))
         assert result.status is None
-        assert "ended the association" in result.error_comment
+        assert "the association ended" in result.error_comment
 
 
 async def test_slow_move_outlasts_every_response_time_out(destination: tuple[str, int]) -> None:
     with scripted(destination, "no_pending", latency=0.3) as (pacs, wants):
-        assert (await move(pacs, series_of(wants), poll=0.05))[0].status == 0x0000
+        assert (await move(pacs, series_of(wants)))[0].status == 0x0000
 
 
 @pytest.mark.parametrize(("script", "longest"), [("endless_pending", 0.8), ("deaf", 1.2)])
 async def test_cancel(destination: tuple[str, int], script: str, longest: float) -> None:
     """C-CANCEL first; A-ABORT for a PACS that does not hear it."""
     with scripted(destination, script) as (pacs, wants):
-        backend = requester(pacs, cancel_timeout=0.5, poll=0.05)
+        backend = requester(pacs.settings, cancel_timeout=0.5)
         task = asyncio.ensure_future(backend.move(series_of(wants), lambda _: None))
         await asyncio.sleep(0.2)
         started = time.monotonic()
@@ -161,8 +172,60 @@ async def test_cancel(destination: tuple[str, int], script: str, longest: float)
         await backend.close()
 
 
-async def test_no_thread_is_left(destination: tuple[str, int]) -> None:
-    with scripted(destination, "good") as (pacs, wants):
-        await move(pacs, series_of(wants))
-        left = [each for each in threading.enumerate() if each.name.startswith("RequestorThread")]
-        assert left == []
+# --- Associations that are used again ---------------------------------------------------------------------------------
+
+
+async def test_one_association_for_moves_one_after_the_other(destination: tuple[str, int]) -> None:
+    with scripted(destination, "no_pending") as (pacs, wants):
+        backend = requester(pacs.settings, idle_timeout=0.2)
+        for _ in range(3):
+            assert (await backend.move(series_of(wants), lambda _: None)).completed == 3
+        assert pacs.associations == 1
+        await asyncio.sleep(0.4)
+        assert (await backend.move(series_of(wants), lambda _: None)).completed == 3
+        assert pacs.associations == 2
+        await backend.close()
+
+
+async def test_moves_at_the_same_time_have_an_association_each(destination: tuple[str, int]) -> None:
+    with scripted(destination, "no_pending", latency=0.05) as (pacs, wants):
+        backend = requester(pacs.settings)
+        await asyncio.gather(*(backend.move(series_of(wants), lambda _: None) for _ in range(3)))
+        assert (pacs.associations, pacs.most_active) == (3, 3)
+        await backend.close()
+
+
+@pytest.mark.parametrize("script", ["one_per_association", "aborts_the_second"])
+async def test_a_pacs_that_refuses_a_second_move_on_an_association(destination: tuple[str, int], script: str) -> None:
+    with scripted(destination, script) as (pacs, wants):
+        backend = requester(pacs.settings)
+        for _ in range(3):
+            assert (await backend.move(series_of(wants), lambda _: None)).completed == 3
+        assert pacs.associations == 3
+        assert len(pacs.moves) == 4  # the second was asked again; it is not tried a third time
+        await backend.close()
+
+
+async def test_a_failure_that_has_nothing_to_do_with_reuse(destination: tuple[str, int]) -> None:
+    with scripted(destination, "no_pending", "abort_at_once", "abort_at_once", "no_pending") as (pacs, wants):
+        backend = requester(pacs.settings)
+        await backend.move(series_of(wants), lambda _: None)
+        assert (await backend.move(series_of(wants), lambda _: None)).status is None
+        for _ in range(2):
+            await backend.move(series_of(wants), lambda _: None)
+        assert (pacs.associations, len(pacs.moves)) == (3, 5)
+        await backend.close()
+
+
+async def test_a_pacs_without_room_is_left_alone(destination: tuple[str, int]) -> None:
+    """What it rejects for want of room ends our idle associations too."""
+    with scripted(destination, "no_pending", latency=0.05) as (pacs, wants):
+        backend = requester(pacs.settings)
+        await backend.move(series_of(wants), lambda _: None)
+        assert pacs.open_associations == 1
+        pacs.reject_next()
+        moves = [backend.move(series_of(wants), lambda _: None) for _ in range(2)]
+        results = await asyncio.gather(*moves, return_exceptions=True)
+        assert sorted(type(each).__name__ for each in results) == ["MoveResult", "PeerBusy"]
+        await backend.close()
+        peers.wait_until(lambda: not pacs.open_associations, 5, "all associations to end")

@@ -94,6 +94,9 @@ class Move:
         self.destination: str = event.move_destination
         self.matches = pacs.archive.matches(self.keys)
         self.statuses: list[int] = []
+        # How many moves there were on this association, this one included.
+        self.number: int = getattr(event.assoc, "moves", 0) + 1
+        event.assoc.moves = self.number
 
     @property
     def is_list(self) -> bool:
@@ -244,6 +247,20 @@ class Scripts:
     def a801(self, move: Move) -> None:
         move.respond(0xA801)
 
+    def one_per_association(self, move: Move) -> None:
+        """A second C-MOVE on the same association is not understood."""
+        if move.number > 1:
+            move.respond(0xC000)
+        else:
+            self.no_pending(move)
+
+    def aborts_the_second(self, move: Move) -> None:
+        """A second C-MOVE on the same association is answered with A-ABORT."""
+        if move.number > 1:
+            move.abort()
+        else:
+            self.no_pending(move)
+
     def a702(self, move: Move) -> None:
         move.respond(0xA702)
 
@@ -256,6 +273,9 @@ class Scripts:
     def abort_move(self, move: Move) -> None:
         """A file is lost: A-ABORT instead of a status."""
         move.store(move.matches[:1])
+        move.abort()
+
+    def abort_at_once(self, move: Move) -> None:
         move.abort()
 
     def drops_every_7th(self, move: Move) -> None:
@@ -344,7 +364,7 @@ class ScriptedPacs:
         self.moves: list[tuple[str, tuple[str, ...]]] = []
         self.finds: list[str] = []
         self.sent: list[tuple[str, int]] = []
-        self.rejected = 0
+        self.rejected = self.associations = 0  # of those that were requested for C-MOVE
         self.active = self.most_active = 0
         self._storing = self.most_storing = 0
         self._ae = AE(ae_title)
@@ -368,6 +388,15 @@ class ScriptedPacs:
         for thread in self.behaviour.threads:
             thread.join(DEADLINE)
         self._ae.shutdown()
+
+    def reject_next(self) -> None:
+        """Reject the next association for C-MOVE with 2/3/2."""
+        self._busy = self.rejected + 1
+
+    @property
+    def open_associations(self) -> int:
+        """How many associations are open now."""
+        return len(self._ae.active_associations)
 
     def kill(self) -> None:
         """Stop answering anything from now on."""
@@ -401,12 +430,14 @@ class ScriptedPacs:
         with self._lock:
             is_busy = self.rejected < self._busy
             self.rejected += is_busy
+            self.associations += not is_busy
         if is_busy:
             event.assoc.acse.send_reject(0x02, 0x03, 0x02)  # PS3.8 Table 9-21: transient, local limit exceeded
             event.assoc.is_rejected = True
             event.assoc.kill()
 
     def _move(self, event: Any) -> Iterator[Any]:
+        event.assoc.dimse.__dict__.pop("send_msg", None)  # taken away by the move before on the same association
         move = Move(self, event)
         listed = move.keys.get("SOPInstanceUID") or ()
         with self._lock:

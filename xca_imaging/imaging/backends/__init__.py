@@ -13,7 +13,7 @@ from typing import Protocol
 
 from xca_imaging import settings
 from xca_imaging.imaging.decisions import Level, Method
-from xca_imaging.imaging.receiver import Receiver
+from xca_imaging.imaging.receiver import PeerAssociation, Receiver
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,12 @@ class Backend(Protocol):
             When the retrieval could not be asked for, or was refused for good.
         """
 
+    def pause(self, association: PeerAssociation) -> None:
+        """Stop reading one of its own associations: who takes the instances is slow."""
+
+    def resume(self, association: PeerAssociation) -> None:
+        """Read on."""
+
     async def close(self) -> None:
         """Let go of connections that are kept for the next retrieval."""
 
@@ -101,5 +107,14 @@ def make_backends(
         Seconds for a connection to stand, and for one that does not move.
     """
     from xca_imaging.imaging.backends.cmove import CMove
+    from xca_imaging.imaging.backends.pool import Associations
 
-    return {"c-move": CMove(pacs, ae_title=ae_title, listener=listener, tls=tls, connect_timeout=connect_timeout)}
+    associations = Associations(
+        pacs,
+        calling_ae_title=ae_title,
+        tls=tls,
+        listener=listener,
+        receiver=receiver,
+        connect_timeout=connect_timeout,
+    )
+    return {"c-move": CMove(associations, ae_title=ae_title, listener=listener)}
