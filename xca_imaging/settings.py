@@ -124,6 +124,7 @@ class Http(Section):
     host: str = "127.0.0.1"
     port: Port = 8080
     insecure: bool = False
+    delivery: Literal["spooled", "streaming"] = "spooled"
     tls: Tls | None = None
 
 
@@ -216,6 +217,7 @@ class Community(Section):
     timeout: Duration = 30.0
     certificate: str = ""
     weight: Annotated[float, Field(gt=0)] = 1.0
+    delivery: Literal["spooled", "streaming"] = "spooled"
 
     @property
     def label(self) -> str:
@@ -461,6 +463,9 @@ def _cross_checks(settings: Settings) -> list[ConfigurationError]:
     ):
         for value in sorted({v for v in values if values.count(v) > 1}):
             wrong(key, f"{value!r} stands there twice", "each must be unique: requests are routed by it")
+    for index, community in enumerate(settings.community):
+        if community.certificate and settings.http.tls is None:
+            wrong(f"community[{index}].certificate", "is never shown without [http.tls]", "add [http.tls]")
     if settings.community_of(settings.node.home_community_id):
         wrong("community[].home_community_id", "is this node's own", "remove that community")
     for index, pacs in enumerate(settings.pacs):
@@ -496,7 +501,6 @@ def _not_yet(settings: Settings) -> list[ConfigurationError]:
         asked[f"pacs[{index}].transcode"] = pacs.transcode
     for index, community in enumerate(settings.community):
         asked[f"community[{index}].patient_discovery"] = bool(community.patient_discovery)
-        asked[f"community[{index}].certificate"] = bool(community.certificate)
     return [
         ConfigurationError(str(settings.file), key, "is not available in this version", "leave the key out")
         for key, is_asked in asked.items()

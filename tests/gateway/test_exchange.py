@@ -15,11 +15,13 @@ from aiohttp import web
 
 from xca_imaging import errors, uids
 from xca_imaging.gateway import exchange
+from xca_imaging.gateway.callers import Callers
+from xca_imaging.gateway.delivery import Part
 from xca_imaging.gateway.documents import refuse_query, refuse_retrieval
-from xca_imaging.gateway.exchange import Answer, Context, Exchange, Operation, Part
+from xca_imaging.gateway.exchange import Answer, Context, Exchange, Operation
 from xca_imaging.imaging.spool import Spool
 from xca_imaging.operations.metrics import Metrics
-from xca_imaging.settings import Limits
+from xca_imaging.settings import Limits, Node, Settings
 from xca_imaging.transactions import iti18, iti43
 from xca_imaging.transactions.document_set import DocumentRequest, DocumentResponse, RetrieveRequest, RetrieveResponse
 from xca_imaging.transactions.registry_response import response_to
@@ -48,10 +50,14 @@ async def one_document(asked: object, context: Context) -> Answer:
     return Answer(body, [Part("a@b", uids.MIME_DICOM, len(CONTENT), Path(file.name))])
 
 
+def settings(folder: Path) -> Settings:
+    return Settings(file=folder / "node.toml", node=Node(home_community_id="urn:oid:1.2.3"))
+
+
 @asynccontextmanager
 async def serving(tmp_path: Path, operation: Operation, **limits: float) -> AsyncIterator[str]:
     spool = Spool(tmp_path / "spool", max_bytes=10**7, retention=60)
-    soap_exchange = Exchange(spool, Limits(**limits), Metrics())
+    soap_exchange = Exchange(spool, Limits(**limits), Metrics(), Callers(settings(tmp_path)))
     by_action = {operation.transaction.request_action: operation}
 
     async def handle(http: web.Request) -> web.StreamResponse:

@@ -20,6 +20,7 @@ from aiohttp import web
 from xca_imaging.data_files import data_folder
 from xca_imaging.errors import ConfigurationError, SpoolFull, SpoolInUse
 from xca_imaging.gateway import listeners
+from xca_imaging.gateway.callers import Callers
 from xca_imaging.gateway.documents import DocumentActors
 from xca_imaging.gateway.exchange import Exchange, Operation
 from xca_imaging.gateway.imaging_source import ImagingDocumentSource
@@ -72,6 +73,7 @@ class Node:
         dicom_client = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
         _make_folder(settings, settings.data_dir)
         metrics = Metrics()
+        callers = Callers(settings)
         spool = _open_spool(settings)
         resources.callback(spool.close)
         tidying = asyncio.create_task(spool.tidy())
@@ -127,7 +129,7 @@ class Node:
             "responding-imaging-gateway": gateway.imaging_operations(),
         }
         _watch(metrics, spool, scp)
-        application = self._application(Exchange(spool, limits, metrics), services, metrics, registry, spool)
+        application = self._application(Exchange(spool, limits, metrics, callers), services, metrics, registry, spool)
         await self._listen(application, https, resources)
         resources.push_async_callback(self._drain, transfers)
         listeners.write(settings, self.http_address, self.dicom_address)

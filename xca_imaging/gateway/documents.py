@@ -23,7 +23,8 @@ from xca_imaging.errors import (
     RepositoryError,
     UnknownRepositoryId,
 )
-from xca_imaging.gateway.exchange import Answer, Context, Operation, Part
+from xca_imaging.gateway.delivery import Part
+from xca_imaging.gateway.exchange import Answer, Context, Operation
 from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import Submission
 from xca_imaging.metadata.stored_query import StoredQuery

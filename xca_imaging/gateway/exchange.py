@@ -18,13 +18,10 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import os
-import secrets
 import uuid
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from aiohttp import HttpVersion11, web
@@ -42,11 +39,13 @@ from xca_imaging.errors import (
     SubmissionRefused,
     XcaImagingError,
 )
+from xca_imaging.gateway.callers import Caller, Callers
+from xca_imaging.gateway.delivery import DeliveryBroken, Output, Part, Stream
 from xca_imaging.imaging.spool import Attachment, AttachmentWriter, Spool
 from xca_imaging.operations.metrics import Metrics
 from xca_imaging.settings import Limits
 from xca_imaging.transactions.table import Transaction
-from xca_imaging.wire import addressing, mtom, multipart, soap, xml
+from xca_imaging.wire import addressing, mtom, soap, xml
 
 log = logging.getLogger(__name__)
 
@@ -54,39 +53,31 @@ log = logging.getLogger(__name__)
 # proxy read time-outs are 30 s and 60 s. An answer that is ready before goes out with its Content-Length.
 _KEEP_ALIVE_AFTER = 5.0
 _KEEP_ALIVE_EVERY = 5.0
-_CHUNK = 256 * 1024  # bytes read from a spool file at a time: one of them is in memory per answer
 _SMALL_ROOT = 256 * 1024  # bytes that are parsed on the event loop: some 5 ms
 _LARGE_ROOTS = 2  # parsed at a time: the worst that the limits let pass costs 500 MB as a tree
 _MAX_ATTACHMENTS = 10_000  # parts of one request: a submission of so many documents is past any seen
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """One attachment of an answer: a file, or bytes where it is small and has none."""
-
-    content_id: str
-    content_type: str
-    size: int
-    source: Path | bytes
-
-
-@dataclass(frozen=True, slots=True)
 class Answer:
-    """What an operation answers: the body (an element, or serialised fragments to be joined) and the parts it names."""
+    """What an operation answers: the body (an element, or serialised fragments to be joined) and the parts it names.
+
+    Parts that still come are a `Stream`: only where `Context.caller.delivery` says so.
+    """
 
     body: etree._Element | Sequence[bytes]
-    parts: Sequence[Part] = ()
+    parts: Sequence[Part] | Stream = ()
 
 
 @dataclass(slots=True)
 class Context:
     """What an operation may know of the message beside its typed request.
 
-    `caller` names who asks, for fairness and logs. `resources` is unwound when the answer has been written or can no
+    `resources` is unwound when the answer has been written or can no
     longer be: an operation enters there what its parts need for so long.
     """
 
-    caller: str
+    caller: Caller
     message_id: str
     attachments: Mapping[str, Attachment]
     resources: AsyncExitStack
@@ -128,17 +119,19 @@ class Exchange:
         Where attachments of requests go.
     limits : Limits
         `root_part` bounds the SOAP part, `stall_timeout` a client that sends nothing.
+    callers : Callers
+        Who is asking.
     """
 
-    def __init__(self, spool: Spool, limits: Limits, metrics: Metrics) -> None:
-        self._spool, self._limits, self._metrics = spool, limits, metrics
+    def __init__(self, spool: Spool, limits: Limits, metrics: Metrics, callers: Callers) -> None:
+        self._spool, self._limits, self._metrics, self._callers = spool, limits, metrics, callers
         self._large_roots = asyncio.Semaphore(_LARGE_ROOTS)
 
     async def handle(self, request: web.Request, operations: Mapping[str, Operation]) -> web.StreamResponse:
         """Answer one HTTP request at an endpoint that does `operations`, by action."""
         content_type = request.headers.get("Content-Type", "")
         message = _Message(content_type.lower().startswith("multipart/"))
-        out = _Output(request, self._limits.stall_timeout)
+        out = Output(request, self._limits.stall_timeout)
         async with AsyncExitStack() as resources:
             try:
                 reader = mtom.Reader(content_type, max_root=self._limits.root_part, max_parts=_MAX_ATTACHMENTS)
@@ -238,10 +231,11 @@ class Exchange:
     # Performing
     # ------------------------------------------------------------------------------------------------------------------
 
-    async def _perform(self, message: _Message, out: _Output, resources: AsyncExitStack) -> web.StreamResponse:
+    async def _perform(self, message: _Message, out: Output, resources: AsyncExitStack) -> web.StreamResponse:
         operation = message.operation
         assert operation is not None
-        context = Context(_caller(out.request), message.message_id, message.attachments, resources)
+        caller = self._callers.identify(out.request)
+        context = Context(caller, message.message_id, message.attachments, resources)
         task = asyncio.ensure_future(operation.perform(message.request, context))
         try:
             pause = _KEEP_ALIVE_AFTER
@@ -257,31 +251,39 @@ class Exchange:
                 await asyncio.gather(task, return_exceptions=True)
         try:
             answer = task.result()
-            self._metrics.request(operation.transaction.name, "answered")
         except (RegistryError, SubmissionRefused, SpoolFull, PeerError) as exc:
             return await self._answer_refusal(message, out, exc)
         except Exception as exc:
             return await self._answer_fault(message, out, exc)
-        return await self._answer(message, out, answer)
+        return await self._answer(message, out, answer, "answered")
 
     # ------------------------------------------------------------------------------------------------------------------
     # Answering
     # ------------------------------------------------------------------------------------------------------------------
 
-    async def _answer_refusal(self, message: _Message, out: _Output, exc: Exception) -> web.StreamResponse:
+    async def _answer_refusal(self, message: _Message, out: Output, exc: Exception) -> web.StreamResponse:
         assert message.operation is not None
-        self._metrics.request(message.operation.transaction.name, "refused")
-        return await self._answer(message, out, Answer(message.operation.refuse(_registry_errors(exc))))
+        return await self._answer(message, out, Answer(message.operation.refuse(_registry_errors(exc))), "refused")
 
-    async def _answer(self, message: _Message, out: _Output, answer: Answer) -> web.StreamResponse:
+    async def _answer(self, message: _Message, out: Output, answer: Answer, outcome: str) -> web.StreamResponse:
         assert message.operation is not None
         transaction = message.operation.transaction
         headers = addressing.response_headers(
             transaction.response_action, message.message_id, message_id=f"urn:uuid:{uuid.uuid4()}"
         )
-        return await out.send(soap.write_envelope(headers, answer.body), answer.parts, packed=transaction.mtom)
+        envelope = soap.write_envelope(headers, answer.body)
+        try:
+            if isinstance(answer.parts, Sequence):
+                return await out.send(envelope, answer.parts, packed=transaction.mtom)
+            return await out.stream(envelope, answer.parts)
+        except DeliveryBroken as exc:
+            outcome = "broken"
+            log.info("the answer of %s to %s broke off: %s", transaction.name, out.request.remote, exc)
+            return exc.response
+        finally:
+            self._metrics.request(transaction.name, outcome)
 
-    async def _answer_fault(self, message: _Message, out: _Output, exc: Exception) -> web.StreamResponse:
+    async def _answer_fault(self, message: _Message, out: Output, exc: Exception) -> web.StreamResponse:
         """Answer with a fault, packed as the request was."""
         if not isinstance(exc, XcaImagingError):
             log.error("message %s failed by a defect", message.message_id, exc_info=exc)
@@ -298,15 +300,6 @@ class Exchange:
         return await out.send(envelope, (), packed=message.is_multipart, status=500)
 
 
-def _caller(request: web.Request) -> str:
-    """Name who asks: the subject of the client certificate, else `local`: trusted on loopback."""
-    certificate = request.get_extra_info("peercert")
-    if not certificate:
-        return "local"
-    names = [value for rdn in certificate.get("subject", ()) for key, value in rdn if key == "commonName"]
-    return names[0] if names else "unnamed certificate"
-
-
 def _registry_errors(exc: Exception) -> Sequence[RegistryError]:
     match exc:
         case SubmissionRefused():
@@ -319,98 +312,3 @@ def _registry_errors(exc: Exception) -> Sequence[RegistryError]:
             return (exc.registry_error(str(exc)),)
         case _:
             raise AssertionError(exc)
-
-
-class _Output:
-    """The HTTP response to one request, from its first keep-alive line to its end.
-
-    A client that takes nothing for `stall_timeout` is cut off: what is held for it must not be held for ever.
-    """
-
-    # Mutable state: the response, once it has been begun.
-
-    def __init__(self, request: web.Request, stall_timeout: float) -> None:
-        self.request = request
-        self._stall_timeout = stall_timeout
-        self._writer = mtom.Writer(multipart.new_boundary(secrets.token_bytes(24)), "root@xca-imaging")
-        self._response: web.StreamResponse | None = None
-
-    async def keep_alive(self) -> None:
-        """Begin the response, in chunked coding, and send a line that receivers skip."""
-        if self._response is None:
-            self._response = web.StreamResponse(headers={"Content-Type": self._writer.content_type})
-            self._response.enable_chunked_encoding()
-            await self._response.prepare(self.request)
-        await self._write(self._response, self._writer.preamble_line())
-
-    async def send(
-        self, envelope: bytes, parts: Sequence[Part], *, packed: bool, status: int = 200
-    ) -> web.StreamResponse:
-        """Send the whole answer; `packed` = MTOM. Once begun the response stays what it is: MTOM with status 200."""
-        response = self._response
-        if response is None and not packed:
-            return web.Response(
-                body=envelope, status=status, headers={"Content-Type": "application/soap+xml; charset=UTF-8"}
-            )
-        if response is None:
-            response = web.StreamResponse(status=status, headers={"Content-Type": self._writer.content_type})
-            sizes = [(part.content_id, part.content_type, part.size) for part in parts]
-            response.content_length = self._writer.total_length(len(envelope), sizes)
-            await response.prepare(self.request)
-        await self._write(response, self._writer.root(envelope))
-        loop = asyncio.get_running_loop()
-        chunks = _attachments(self._writer, parts)
-        while (chunk := await loop.run_in_executor(None, next, chunks, b"")) != b"":
-            await self._write(response, chunk)
-        await self._write(response, self._writer.end())
-        await response.write_eof()
-        return response
-
-    async def _write(self, response: web.StreamResponse, data: bytes) -> None:
-        try:
-            async with asyncio.timeout(self._stall_timeout):
-                await response.write(data)
-        except TimeoutError:
-            log.info("%s took nothing for %g s and is cut off", self.request.remote, self._stall_timeout)
-            if self.request.transport is not None:
-                self.request.transport.abort()  # closing would wait for what is never taken
-            raise ConnectionResetError("the client takes nothing") from None
-
-
-def _attachments(writer: mtom.Writer, parts: Sequence[Part]) -> Iterator[bytes]:
-    """Yield the bytes of all attachments, small ones together, never more than about two chunks at a time."""
-    pending: list[bytes] = []
-    waiting = 0
-    for part in parts:
-        for piece in (
-            writer.attachment_header(part.content_id, part.content_type),
-            *(() if isinstance(part.source, Path) else (part.source,)),
-        ):
-            pending.append(piece)
-            waiting += len(piece)
-        if isinstance(part.source, Path):
-            for piece in _file_chunks(part.source, part.size):
-                pending.append(piece)
-                waiting += len(piece)
-                if waiting >= _CHUNK:
-                    yield b"".join(pending)
-                    pending.clear()
-                    waiting = 0
-        pending.append(writer.attachment_end())
-    if pending:
-        yield b"".join(pending)
-
-
-def _file_chunks(path: Path, size: int) -> Iterator[bytes]:
-    """Yield exactly `size` bytes of a file; a file that is shorter breaks the answer off rather than end it short."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        left = size
-        while left:
-            data = os.read(descriptor, min(left, _CHUNK))
-            if not data:
-                raise OSError(f"spool file {path.name} is {left} bytes shorter than it was")
-            left -= len(data)
-            yield data
-    finally:
-        os.close(descriptor)

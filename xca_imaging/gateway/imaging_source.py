@@ -14,8 +14,9 @@ from lxml import etree
 
 from xca_imaging import uids
 from xca_imaging.errors import RegistryError
+from xca_imaging.gateway.delivery import Part
 from xca_imaging.gateway.documents import refuse_retrieval
-from xca_imaging.gateway.exchange import Answer, Context, Operation, Part
+from xca_imaging.gateway.exchange import Answer, Context, Operation
 from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.transfer import Transfers
 from xca_imaging.operations.metrics import Metrics
@@ -61,7 +62,7 @@ class ImagingDocumentSource:
             for study, series, document in request
         }
         transfer = await context.resources.enter_async_context(
-            self._transfers.fetch(tuple(wants), accept=request.transfer_syntax_uids, asker=context.caller)
+            self._transfers.fetch(tuple(wants), accept=request.transfer_syntax_uids, asker=context.caller.name)
         )
         await transfer.wait()
         outcome = transfer.ledger.outcome()
