@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from datetime import UTC, date, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pydicom
 import pytest
 
+from tests.gateway.doubles import PACS, Archive, Clock, Registry
 from tests.imaging import studies
 from tests.support import peers
 from tests.support.shared import shared_path
@@ -20,118 +20,22 @@ from xca_imaging import settings, uids
 from xca_imaging.data_files import data_folder
 from xca_imaging.errors import (
     ConnectFailed,
-    DocumentUniqueIdError,
     ManifestError,
     PeerBusy,
     RegistryMetadataError,
     RegistryNotAvailable,
 )
-from xca_imaging.gateway.publishing import Published, Selection, publish
+from xca_imaging.gateway.publishing import Published, Publisher, Selection, publish
 from xca_imaging.imaging import manifest
 from xca_imaging.imaging.backends.cfind import Finder
 from xca_imaging.imaging.profile import Profile, read_profile
-from xca_imaging.imaging.study import Patient, StudyContents, StudyFacts
-from xca_imaging.metadata.model import DocumentEntry, Identifier, Submission
-from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
-from xca_imaging.metadata.validate import validate_submission
+from xca_imaging.imaging.study import Patient, StudyContents
+from xca_imaging.metadata.model import Identifier, Submission
 from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.registry_response import RegistryResponse
 
 AFFINITY_DOMAIN = Identifier("AD-1", "1.2.3.4.5")
-PACS = settings.Pacs(
-    name="main",
-    ae_title="PACS",
-    host="127.0.0.1",
-    port=104,
-    retrieve_location_uid="1.3.6.1.4.1.21367.13.80.110",
-    assigning_authority=studies.AUTHORITY,
-)
 SECOND_ARCHIVE = PACS.model_copy(update={"name": "second", "retrieve_location_uid": "1.3.6.1.4.1.21367.13.80.111"})
-
-
-class Archive:
-    """A PACS with the studies it is given."""
-
-    def __init__(self, *all_studies: StudyContents) -> None:
-        self.studies = {each.facts.study_instance_uid: each for each in all_studies}
-        self.errors: dict[str, Exception] = {}
-        self.asked: dict[str, Any] = {}
-
-    def find_studies(self, **asked: Any) -> list[StudyFacts]:
-        self.asked = asked
-        uid = asked["study_instance_uid"]
-        return [each.facts for each in self.studies.values() if uid in ("", each.facts.study_instance_uid)]
-
-    def read_study(self, study_instance_uid: str) -> StudyContents:
-        if study_instance_uid in self.errors:
-            raise self.errors[study_instance_uid]
-        return self.studies[study_instance_uid]
-
-
-class Registry:
-    """A registry and repository in memory that keeps to the rules that matter here."""
-
-    repository_unique_id = "1.3.6.1.4.1.21367.2017.1.2"
-
-    def __init__(self) -> None:
-        self.entries: dict[str, DocumentEntry] = {}
-        self.documents: dict[str, bytes] = {}
-        self.submissions: list[Submission] = []
-        self.queries: list[FindDocuments] = []
-        self.query_response: QueryResponse | None = None
-        self.response: RegistryResponse | None = None
-
-    async def stored_query(self, query: StoredQuery) -> QueryResponse:
-        asked = query.query
-        assert isinstance(asked, FindDocuments)
-        self.queries.append(asked)
-        if self.query_response is not None:
-            return self.query_response
-        (references,) = asked.reference_ids
-        found = [
-            entry
-            for entry in self.entries.values()
-            if entry.patient_id == asked.patient_id
-            and entry.availability_status in asked.status
-            and set(references) & set(entry.reference_ids)
-        ]
-        return QueryResponse(uids.STATUS_SUCCESS, (), Submission(documents=tuple(found)))
-
-    async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
-        assert repository_unique_id == self.repository_unique_id
-        if document_unique_id not in self.documents:
-            raise DocumentUniqueIdError("no such document", document_unique_id)
-        return self.documents[document_unique_id]
-
-    async def provide_and_register(self, submission: Submission, documents: Mapping[str, bytes]) -> RegistryResponse:
-        if self.response is not None:
-            return self.response
-        assert validate_submission(submission, repository_side=True) == []
-        self.submissions.append(submission)
-        for entry in submission.documents:
-            self.documents[entry.unique_id] = documents[entry.entry_uuid]
-            self.entries[entry.entry_uuid] = replace(
-                entry, availability_status=uids.APPROVED, repository_unique_id=self.repository_unique_id
-            )
-        for association in submission.associations:
-            if association.type == uids.RPLC:
-                old = self.entries[association.target]
-                self.entries[association.target] = replace(old, availability_status=uids.DEPRECATED)
-        return RegistryResponse(uids.STATUS_SUCCESS)
-
-    @property
-    def approved(self) -> list[DocumentEntry]:
-        return [entry for entry in self.entries.values() if entry.availability_status == uids.APPROVED]
-
-
-class Clock:
-    """A minute later each time."""
-
-    def __init__(self) -> None:
-        self._minutes: Iterator[int] = iter(range(60))
-
-    def __call__(self) -> datetime:
-        return datetime(2026, 3, 4, 5, next(self._minutes), tzinfo=UTC)
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +48,7 @@ def registry() -> Registry:
     return Registry()
 
 
-class Publisher:
+class Publishing:
     """`publish` with what is the same in all tests."""
 
     def __init__(self, registry: Registry, profile: Profile) -> None:
@@ -160,7 +64,8 @@ class Publisher:
     async def all(
         self, archive: Any, pacs: settings.Pacs = PACS, selection: Selection | None = None, **changes: Any
     ) -> list[Published]:
-        return await publish(pacs, selection or Selection(), finder=archive, **(self._given | changes))
+        publisher = Publisher(pacs=pacs, finder=archive, **(self._given | changes))
+        return await publish(publisher, selection or Selection())
 
     async def one(self, archive: Any, pacs: settings.Pacs = PACS, **changes: Any) -> Published:
         (published,) = await self.all(archive, pacs, **changes)
@@ -168,11 +73,11 @@ class Publisher:
 
 
 @pytest.fixture
-def publisher(registry: Registry, profile: Profile) -> Publisher:
-    return Publisher(registry, profile)
+def publisher(registry: Registry, profile: Profile) -> Publishing:
+    return Publishing(registry, profile)
 
 
-async def test_a_new_study_is_registered(registry: Registry, publisher: Publisher) -> None:
+async def test_a_new_study_is_registered(registry: Registry, publisher: Publishing) -> None:
     result = await publisher.one(Archive(studies.full_study()))
     (entry,) = registry.approved
     assert result == Published(
@@ -197,14 +102,14 @@ async def test_a_new_study_is_registered(registry: Registry, publisher: Publishe
     assert [code.code for code in query.format_codes] == [uids.KOS_SOP_CLASS]
 
 
-async def test_an_unchanged_study_changes_nothing(registry: Registry, publisher: Publisher) -> None:
+async def test_an_unchanged_study_changes_nothing(registry: Registry, publisher: Publishing) -> None:
     first = await publisher.one(Archive(studies.full_study()))
     again = await publisher.one(Archive(studies.full_study()))
     assert (again.outcome, again.document_unique_id) == ("unchanged", first.document_unique_id)
     assert len(registry.submissions) == 1
 
 
-async def test_order_is_no_change(registry: Registry, publisher: Publisher) -> None:
+async def test_order_is_no_change(registry: Registry, publisher: Publishing) -> None:
     await publisher.one(Archive(studies.study(studies.series(1), studies.series(2))))
     assert (await publisher.one(Archive(studies.study(studies.series(2), studies.series(1))))).outcome == "unchanged"
 
@@ -224,7 +129,7 @@ async def test_order_is_no_change(registry: Registry, publisher: Publisher) -> N
     ],
 )
 async def test_a_changed_study_replaces_its_manifest(
-    registry: Registry, publisher: Publisher, changed: StudyContents
+    registry: Registry, publisher: Publishing, changed: StudyContents
 ) -> None:
     first = await publisher.one(Archive(studies.study()))
     second = await publisher.one(Archive(changed))
@@ -236,13 +141,13 @@ async def test_a_changed_study_replaces_its_manifest(
     assert (await publisher.one(Archive(changed))).outcome == "unchanged"
 
 
-async def test_another_place_of_retrieval_is_a_change(registry: Registry, publisher: Publisher) -> None:
+async def test_another_place_of_retrieval_is_a_change(registry: Registry, publisher: Publishing) -> None:
     await publisher.one(Archive(studies.study()))
     renamed = PACS.model_copy(update={"ae_title": "NEWPACS"})
     assert (await publisher.one(Archive(studies.study()), renamed)).outcome == "replaced"
 
 
-async def test_a_study_in_two_archives_has_two_manifests(registry: Registry, publisher: Publisher) -> None:
+async def test_a_study_in_two_archives_has_two_manifests(registry: Registry, publisher: Publishing) -> None:
     await publisher.one(Archive(studies.study()))
     assert (await publisher.one(Archive(studies.study()), SECOND_ARCHIVE)).outcome == "registered"
     assert (await publisher.one(Archive(studies.study()))).outcome == "unchanged"
@@ -250,7 +155,7 @@ async def test_a_study_in_two_archives_has_two_manifests(registry: Registry, pub
     assert len(registry.approved) == 2
 
 
-async def test_a_manifest_with_description_is_left_alone(registry: Registry, publisher: Publisher) -> None:
+async def test_a_manifest_with_description_is_left_alone(registry: Registry, publisher: Publishing) -> None:
     first = await publisher.one(Archive(studies.study()))
     ds = pydicom.dcmread(io.BytesIO(registry.documents[first.document_unique_id]))
     ds.ConceptNameCodeSequence[0].CodeValue, ds.ConceptNameCodeSequence[0].CodingSchemeDesignator = "131560", "DCM"
@@ -260,7 +165,7 @@ async def test_a_manifest_with_description_is_left_alone(registry: Registry, pub
     assert (await publisher.one(Archive(studies.study()))).outcome == "registered"
 
 
-async def test_the_newest_of_several_is_compared_and_replaced(registry: Registry, publisher: Publisher) -> None:
+async def test_the_newest_of_several_is_compared_and_replaced(registry: Registry, publisher: Publishing) -> None:
     older = await publisher.one(Archive(studies.study()))
     hidden, registry.entries = registry.entries, {}
     newer = await publisher.one(Archive(studies.study(studies.series(count=3))))
@@ -271,13 +176,13 @@ async def test_the_newest_of_several_is_compared_and_replaced(registry: Registry
     assert newer.document_unique_id not in {entry.unique_id for entry in registry.approved}
 
 
-async def test_what_is_no_manifest_is_left_alone(registry: Registry, publisher: Publisher) -> None:
+async def test_what_is_no_manifest_is_left_alone(registry: Registry, publisher: Publishing) -> None:
     first = await publisher.one(Archive(studies.study()))
     registry.documents[first.document_unique_id] = b"%PDF-1.7"
     assert (await publisher.one(Archive(studies.study()))).outcome == "registered"
 
 
-async def test_a_registry_that_ignores_the_reference_id(registry: Registry, publisher: Publisher) -> None:
+async def test_a_registry_that_ignores_the_reference_id(registry: Registry, publisher: Publishing) -> None:
     await publisher.one(Archive(studies.study()))
     other = replace(
         studies.study(), facts=replace(studies.study().facts, study_instance_uid="1.2.826.0.1.3680043.8.498.2")
@@ -300,7 +205,7 @@ async def test_a_registry_that_ignores_the_reference_id(registry: Registry, publ
     ],
 )
 async def test_patient_of_the_department(
-    registry: Registry, publisher: Publisher, patient: Patient, expected: str
+    registry: Registry, publisher: Publishing, patient: Patient, expected: str
 ) -> None:
     result = await publisher.one(Archive(studies.study(patient=patient)))
     (entry,) = registry.approved
@@ -316,7 +221,7 @@ async def test_patient_of_the_department(
     ],
 )
 async def test_patient_of_the_affinity_domain(
-    registry: Registry, publisher: Publisher, patient: Patient, authority: str, source: str
+    registry: Registry, publisher: Publishing, patient: Patient, authority: str, source: str
 ) -> None:
     pacs = PACS.model_copy(update={"assigning_authority": authority})
     result = await publisher.one(Archive(studies.study(patient=patient)), pacs, patient_id=AFFINITY_DOMAIN)
@@ -330,7 +235,7 @@ async def test_patient_of_the_affinity_domain(
     ("patient", "hint"), [(Patient(id="X", issuer="HOSPITAL"), "assigning_authority"), (Patient(name="A^B"), "--as")]
 )
 async def test_a_patient_of_unknown_domain_is_refused(
-    registry: Registry, publisher: Publisher, patient: Patient, hint: str
+    registry: Registry, publisher: Publishing, patient: Patient, hint: str
 ) -> None:
     pacs = PACS.model_copy(update={"assigning_authority": ""})
     result = await publisher.one(Archive(studies.study(patient=patient)), pacs)
@@ -350,14 +255,14 @@ def three_studies() -> Archive:
     return Archive(first, *others)
 
 
-async def test_a_study_without_instances_is_refused(registry: Registry, publisher: Publisher) -> None:
+async def test_a_study_without_instances_is_refused(registry: Registry, publisher: Publishing) -> None:
     result = await publisher.one(Archive(studies.study(studies.series(count=0))))
     assert (result.outcome, result.document_unique_id) == ("refused", "")
     assert "no instances" in result.reason
     assert registry.submissions == []
 
 
-async def test_one_refusal_does_not_keep_the_others_back(registry: Registry, publisher: Publisher) -> None:
+async def test_one_refusal_does_not_keep_the_others_back(registry: Registry, publisher: Publishing) -> None:
     archive = three_studies()
     archive.errors["1.2.826.0.1.3680043.8.498.2"] = ManifestError("numbers do not agree")
     results = await publisher.all(archive)
@@ -365,7 +270,7 @@ async def test_one_refusal_does_not_keep_the_others_back(registry: Registry, pub
     assert results[1].reason == "numbers do not agree"
 
 
-async def test_a_pacs_that_is_lost_ends_it(registry: Registry, publisher: Publisher) -> None:
+async def test_a_pacs_that_is_lost_ends_it(registry: Registry, publisher: Publishing) -> None:
     archive = three_studies()
     archive.errors["1.2.826.0.1.3680043.8.498.2"] = ConnectFailed("main", "connection refused")
     results = await publisher.all(archive)
@@ -373,15 +278,15 @@ async def test_a_pacs_that_is_lost_ends_it(registry: Registry, publisher: Publis
     assert results[2].reason == "not tried: main: connection refused"
 
 
-async def test_no_such_study(publisher: Publisher) -> None:
+async def test_no_such_study(publisher: Publishing) -> None:
     results = await publisher.all(Archive(), selection=Selection(study_instance_uid="1.2.3"))
     assert [(each.study_instance_uid, each.outcome, each.reason) for each in results] == [
-        ("1.2.3", "refused", "main has no such study")
+        ("1.2.3", "refused", "main has no such study, and nothing is registered of it that could be withdrawn")
     ]
     assert await publisher.all(Archive(), selection=Selection(patient_id="nobody")) == []
 
 
-async def test_selection_is_passed_on(publisher: Publisher) -> None:
+async def test_selection_is_passed_on(publisher: Publishing) -> None:
     archive = Archive()
     selection = Selection(patient_id="P", since=date(2026, 1, 1), until=date(2026, 1, 31))
     await publisher.all(archive, selection=selection)
@@ -393,7 +298,7 @@ async def test_selection_is_passed_on(publisher: Publisher) -> None:
     }
 
 
-async def test_a_pacs_that_cannot_be_asked_is_an_error(publisher: Publisher) -> None:
+async def test_a_pacs_that_cannot_be_asked_is_an_error(publisher: Publishing) -> None:
     archive = Archive()
     archive.find_studies = lambda **_: (_ for _ in ()).throw(PeerBusy("main", "busy"))  # type: ignore[method-assign]
     with pytest.raises(PeerBusy):
@@ -410,7 +315,7 @@ async def test_a_pacs_that_cannot_be_asked_is_an_error(publisher: Publisher) -> 
     ],
 )
 async def test_a_submission_that_is_not_accepted(
-    registry: Registry, publisher: Publisher, response: RegistryResponse, reason: str
+    registry: Registry, publisher: Publishing, response: RegistryResponse, reason: str
 ) -> None:
     registry.response = response
     result = await publisher.one(Archive(studies.study()))
@@ -428,7 +333,7 @@ async def test_a_submission_that_is_not_accepted(
     ],
 )
 async def test_a_registry_that_does_not_say_what_is_registered(
-    registry: Registry, publisher: Publisher, response: QueryResponse
+    registry: Registry, publisher: Publishing, response: QueryResponse
 ) -> None:
     registry.query_response = response
     result = await publisher.one(Archive(studies.study()))
@@ -436,7 +341,7 @@ async def test_a_registry_that_does_not_say_what_is_registered(
     assert registry.submissions == []
 
 
-async def test_a_registered_manifest_that_cannot_be_fetched(registry: Registry, publisher: Publisher) -> None:
+async def test_a_registered_manifest_that_cannot_be_fetched(registry: Registry, publisher: Publishing) -> None:
     await publisher.one(Archive(studies.study()))
     registry.documents.clear()
     result = await publisher.one(Archive(studies.study()))
@@ -449,7 +354,7 @@ async def test_a_registered_manifest_that_cannot_be_fetched(registry: Registry, 
 @pytest.mark.peer
 @pytest.mark.parametrize("name", ["ids_single", "ids_pet"])
 async def test_conformance_ids_2018_4801a(
-    tmp_path: Path, registry: Registry, publisher: Publisher, profile: Profile, name: str
+    tmp_path: Path, registry: Registry, publisher: Publishing, profile: Profile, name: str
 ) -> None:
     """The images behind the node, the KOS and its metadata compared with them (cases 3.1)."""
     facts = json.loads(shared_path("conformance/data/dataset.json").read_text())["studies"][name]

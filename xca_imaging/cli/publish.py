@@ -1,32 +1,31 @@
-"""Publish studies of the PACSs: C-FIND, KOS manifest, RAD-68."""
+"""Publish studies of the PACSs: C-FIND, KOS manifest, RAD-68; once, or for as long as it runs."""
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import logging
-from collections.abc import Mapping
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
 from datetime import date, datetime
-from functools import partial
 
 from rich.console import Console
 from rich.table import Table
 
 from xca_imaging import settings as settings_module
 from xca_imaging.cli.options import add_config, patient_identifier, run_loop, uid
-from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, PeerError, RegistryError
+from xca_imaging.errors import ConfigurationError, PeerError
 from xca_imaging.gateway import listeners
 from xca_imaging.gateway.peers import Endpoint, SoapClient
-from xca_imaging.gateway.publishing import Published, Selection, publish
-from xca_imaging.imaging.backends.cfind import Finder
-from xca_imaging.imaging.profile import load_profile
-from xca_imaging.metadata.model import Identifier, Submission
-from xca_imaging.metadata.stored_query import StoredQuery
+from xca_imaging.gateway.publications import Publications
+from xca_imaging.gateway.publishing import Published, Publisher, Repository, Selection, publish, publishers_of
+from xca_imaging.gateway.repositories import RepositoryElsewhere, RetrievedObjects, SoapRepository
+from xca_imaging.gateway.watching import Follower, Watch
+from xca_imaging.metadata.model import Identifier
+from xca_imaging.operations.metrics import Metrics
 from xca_imaging.security import tls
 from xca_imaging.settings import Settings
-from xca_imaging.transactions.adhoc_query import QueryResponse
-from xca_imaging.transactions.document_set import DocumentRequest
-from xca_imaging.transactions.registry_response import RegistryResponse
-from xca_imaging.uids import OID_PREFIX
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +33,10 @@ log = logging.getLogger(__name__)
 def configure(sub: argparse.ArgumentParser) -> None:
     add_config(sub)
     what = sub.add_mutually_exclusive_group(required=True)
-    what.add_argument("--study", type=uid, metavar="UID")
+    what.add_argument("--study", type=uid, metavar="UID", help="publish, replace or withdraw what is registered of it")
     what.add_argument("--patient", metavar="ID", help="all studies with this Patient ID (0010,0020)")
     what.add_argument("--since", type=_date, metavar="DATE", help="all studies from this day on: 2026-01-31")
+    what.add_argument("--watch", action="store_true", help="follow the PACSs until SIGTERM or SIGINT")
     sub.add_argument(
         "--as",
         dest="as_patient",
@@ -48,6 +48,8 @@ def configure(sub: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = settings_module.load(args.config)
+    if args.watch:
+        return run_loop(watch(settings, args.as_patient))
     selection = Selection(study_instance_uid=args.study or "", patient_id=args.patient or "", since=args.since)
     results = run_loop(publish_all(settings, selection, args.as_patient))
     if not results:
@@ -79,28 +81,12 @@ async def publish_all(settings: Settings, selection: Selection, patient_id: str 
     ------
     ConfigurationError, PeerError
     """
-    if not settings.pacs:
-        raise ConfigurationError(str(settings.file), "pacs", "there is none", "add [[pacs]]")
-    identifier = None
-    if patient_id:
-        number, _, authority = patient_id.partition("^^^")
-        identifier = Identifier(number, authority.split("&")[1])
-    dicom_tls = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
-    https = tls.client_context(settings, settings.http.tls, "http.tls")
     results: list[Published] = []
     unreachable: list[PeerError] = []
-    async with SoapClient(tls=https) as client:
-        for pacs in settings.pacs:
+    async with publishers(settings, patient_id) as (all_publishers, _):
+        for publisher in all_publishers:
             try:
-                results += await publish(
-                    pacs,
-                    selection,
-                    finder=Finder(pacs, settings.dicom.ae_title, dicom_tls),
-                    repository=_Repository(settings, client),
-                    profile=load_profile(settings),
-                    source_id=settings.node.home_community_id.removeprefix(OID_PREFIX),
-                    patient_id=identifier,
-                )
+                results += await publish(publisher, selection)
             except PeerError as exc:
                 unreachable.append(exc)
                 log.warning("not asked: %s", exc)
@@ -111,31 +97,80 @@ async def publish_all(settings: Settings, selection: Selection, patient_id: str 
     return published if selection.study_instance_uid and published else results
 
 
-class _Repository:
-    """This node's endpoints, or `publish.repository` with this node's registry."""
+async def watch(settings: Settings, patient_id: str | None = None) -> int:
+    """Follow the PACSs until SIGTERM or SIGINT; one line on stdout for each study that was not left as it is."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with publishers(settings, patient_id) as (all_publishers, memory):
+        followers = [
+            Follower(
+                publisher,
+                memory,
+                Metrics(),
+                days=settings.publish.days,
+                interval=settings.publish.interval,
+                on_published=_print,
+            )
+            for publisher in all_publishers
+        ]
+        following = asyncio.create_task(Watch(followers).run(is_sweeping=True))
+        stopping = asyncio.create_task(stop.wait())
+        await asyncio.wait((following, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if following.done():
+            await following  # it only ends by an error
+        following.cancel()
+        await asyncio.wait((following,))
+    return 0
 
-    def __init__(self, settings: Settings, client: SoapClient) -> None:
-        base = partial(listeners.base_url, settings)
-        timeout = settings.limits.stall_timeout
-        self._client = client
-        self._registry = Endpoint(settings.node.name, f"{base()}/services/registry", timeout)
-        own = Endpoint(settings.node.name, f"{base()}/services/repository", timeout)
-        url = settings.publish.repository
-        self._repository = Endpoint(url, url, timeout) if url else own
 
-    async def stored_query(self, query: StoredQuery) -> QueryResponse:
-        return await self._client.stored_query(self._registry, query)
+@asynccontextmanager
+async def publishers(
+    settings: Settings, patient_id: str | None = None
+) -> AsyncIterator[tuple[list[Publisher], Publications]]:
+    """Yield a publisher for each PACS that uses this node's endpoints, or `publish.repository`, and their memory.
 
-    async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
-        wanted = DocumentRequest(None, repository_unique_id, document_unique_id)
-        response, contents = await self._client.retrieve_documents(self._repository, [wanted])
-        if document_unique_id not in contents:
-            errors: tuple[RegistryError, ...] = response.registry.errors
-            raise errors[0] if errors else DocumentUniqueIdError("the answer does not hold it", document_unique_id)
-        return contents[document_unique_id]
+    Raises
+    ------
+    ConfigurationError
+        There is no PACS, or something else is missing.
+    """
+    if not settings.pacs:
+        raise ConfigurationError(str(settings.file), "pacs", "there is none", "add [[pacs]]")
+    identifier = None
+    if patient_id:
+        number, _, authority = patient_id.partition("^^^")
+        identifier = Identifier(number, authority.split("&")[1])
+    base, timeout = listeners.base_url(settings), settings.limits.stall_timeout
 
-    async def provide_and_register(self, submission: Submission, documents: Mapping[str, bytes]) -> RegistryResponse:
-        return await self._client.provide_and_register(self._repository, submission, documents)
+    def own(service: str) -> Endpoint:
+        return Endpoint(settings.node.name, f"{base}/services/{service}", timeout)
+
+    dicom_tls = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
+    https = tls.client_context(settings, settings.http.tls, "http.tls")
+    with closing(Publications(settings.data_dir)) as memory:
+        async with SoapClient(tls=https) as client:
+            repository: Repository = SoapRepository(client, own("registry"), own("repository"))
+            url = settings.publish.repository
+            if url:
+                repository = RepositoryElsewhere(client, Endpoint(url, url, timeout), repository, memory)
+            objects = RetrievedObjects(client, own("imaging-source"))
+            found = publishers_of(
+                settings,
+                repository=repository,
+                objects=objects,
+                memory=memory,
+                tls=dicom_tls,
+                patient_id=identifier,
+            )
+            yield found, memory
+
+
+def _print(published: Published) -> None:
+    words = [published.outcome, published.study_instance_uid, published.document_unique_id or "-", published.reason]
+    print(*filter(None, words), flush=True)
 
 
 def _date(text: str) -> date:

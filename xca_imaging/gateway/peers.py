@@ -39,7 +39,7 @@ from xca_imaging.errors import (
 )
 from xca_imaging.metadata.model import Submission
 from xca_imaging.metadata.stored_query import StoredQuery
-from xca_imaging.transactions import iti18, iti38, iti39, iti41, iti43, rad69, rad75
+from xca_imaging.transactions import iti18, iti38, iti39, iti41, iti43, iti57, rad69, rad75
 from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.document_set import DocumentRequest, RetrieveRequest, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
@@ -244,6 +244,12 @@ class SoapClient:
         reply = await self.call(endpoint, iti41.TRANSACTION, body, attachments=attachments)
         with _answer_of(endpoint):
             return iti41.decode_response(reply.body)
+
+    async def update_document_set(self, endpoint: Endpoint, submission: Submission) -> RegistryResponse:
+        """ITI-57."""
+        reply = await self.call(endpoint, iti57.TRANSACTION, iti57.encode_request(submission))
+        with _answer_of(endpoint):
+            return iti57.decode_response(reply.body)
 
     async def retrieve_documents(
         self, endpoint: Endpoint, documents: Sequence[DocumentRequest], *, cross_gateway: bool = False

@@ -1,7 +1,8 @@
-"""Imaging Document Source: from the studies of a PACS to registered manifests (RAD-68).
+"""Imaging Document Source: from the studies of a PACS to registered manifests (RAD-68), and back out again.
 
 Publishing is idempotent: what is registered already is fetched and compared, so a study that has not changed leaves no
-trace, and one that has changed replaces its manifest.
+trace, one that has changed replaces its manifest, and one that is gone, or rejected as a whole, has its manifest
+deprecated. What a rejection note of the archive names is left out, and so is the note.
 
 A registered manifest is ours when its images are to be had from the same place: its Retrieve Location UIDs are those of
 the PACS, and it has the title of a plain manifest. Others of the same study (of a second archive, or with description)
@@ -10,37 +11,52 @@ are left alone. Where several are ours, the newest is compared and replaced.
 References
 ----------
 * IHE RAD TF-2, 4.68 (Provide and Register Imaging Document Set); IHE ITI TF-2, 3.18.4.1.2.3.7.14 (query by reference
-  id), 3.43 (retrieve); IHE ITI TF-3, 4.2.2.2.3 (RPLC)
+  id), 3.43 (retrieve); IHE ITI TF-3, 4.2.2.2.3 (RPLC); IHE ITI XDS Metadata Update, 3.57 (availabilityStatus)
+* IHE RAD, Imaging Object Change Management (rejection notes); DICOM PS3.16, CID 7011 (their titles)
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
 from typing import Literal, Protocol, TypeVar, TypeVarTuple
 
-from xca_imaging import settings, uids
+from xca_imaging import uids
 from xca_imaging.errors import (
     ConnectFailed,
     ManifestError,
     PeerError,
     PeerTimeout,
     RegistryError,
+    StudyNotFound,
     SubmissionRefused,
     XcaImagingError,
 )
+from xca_imaging.gateway.publications import Publications
 from xca_imaging.imaging import manifest as manifests
-from xca_imaging.imaging.document_entry import describe, escape, same_description, study_reference_id, zone_of
+from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.document_entry import (
+    describe,
+    describe_deprecation,
+    escape,
+    same_description,
+    study_reference_id,
+    zone_of,
+)
+from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.manifest import Manifest
-from xca_imaging.imaging.profile import Profile
-from xca_imaging.imaging.study import Patient, StudyContents, StudyFacts
+from xca_imaging.imaging.profile import Profile, load_profile
+from xca_imaging.imaging.study import Patient, SeriesFacts, StudyContents, StudyFacts, series_signature
 from xca_imaging.metadata.model import DocumentEntry, Identifier, Submission
 from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
+from xca_imaging.settings import Pacs, Settings
 from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.registry_response import RegistryResponse
 
@@ -49,11 +65,14 @@ log = logging.getLogger(__name__)
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
-Outcome = Literal["registered", "unchanged", "replaced", "refused"]
+Outcome = Literal["registered", "unchanged", "replaced", "withdrawn", "refused"]
+
+_MAX_KEY_OBJECTS = 1000  # of a study: a reading room leaves a few, and each is fetched
+_KEY_OBJECTS_AT_ONCE = 20
 
 
 class StudyFinder(Protocol):
-    """What is asked of a PACS; both methods block. `imaging.backends.cfind.Finder` is one."""
+    """What is asked of a PACS; all methods block. `imaging.backends.cfind.Finder` is one."""
 
     def find_studies(
         self,
@@ -63,6 +82,8 @@ class StudyFinder(Protocol):
         since: date | None = None,
         until: date | None = None,
     ) -> list[StudyFacts]: ...
+
+    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]: ...
 
     def read_study(self, study_instance_uid: str) -> StudyContents: ...
 
@@ -78,6 +99,22 @@ class Repository(Protocol):
 
     async def provide_and_register(self, submission: Submission, documents: Mapping[str, bytes]) -> RegistryResponse:
         """RAD-68, `documents` by entryUUID of their entry."""
+
+    async def update(self, submission: Submission) -> RegistryResponse:
+        """ITI-57; raises NotPublished where there is no registry that it could be sent to."""
+
+
+class ObjectSource(Protocol):
+    """Where objects of a study come from that say more than C-FIND does."""
+
+    async def fetch(self, wants: Sequence[Want], max_bytes: int) -> Mapping[str, bytes]:
+        """Return whole objects as Part 10 files by SOP Instance UID: all of them.
+
+        Raises
+        ------
+        RegistryError, PeerError
+            One of them is not to be had, or they are longer than `max_bytes` in all.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,8 +140,8 @@ class Published:
     instances: int = 0
 
 
-class _Refused(XcaImagingError):
-    """This study cannot be published as it is; the text says what to do."""
+class NotPublished(XcaImagingError):
+    """This study cannot be published, or not taken back, as it is; the text says what to do."""
 
 
 def new_uid() -> str:
@@ -117,107 +154,170 @@ def new_uuid() -> str:
     return f"urn:uuid:{uuid.uuid4()}"
 
 
-async def publish(
-    pacs: settings.Pacs,
-    selection: Selection,
-    *,
-    finder: StudyFinder,
-    repository: Repository,
-    profile: Profile,
-    source_id: str,
-    patient_id: Identifier | None = None,
-    executor: Executor | None = None,
-    now: Callable[[], datetime] = lambda: datetime.now(UTC),
-    uid_factory: Callable[[], str] = new_uid,
-    uuid_factory: Callable[[], str] = new_uuid,
-) -> list[Published]:
+async def publish(publisher: Publisher, selection: Selection) -> list[Published]:
     """Publish the studies of a PACS, one after the other, and say what became of each.
 
     One study that is refused does not keep the others back. A PACS or repository that can no longer be reached does:
     the rest is refused without waiting for each to time out.
-
-    Parameters
-    ----------
-    source_id : str
-        OID of this document source.
-    patient_id : Identifier, optional
-        Of the affinity domain, for all studies selected. Without it the department's own id is registered, with the
-        issuer found in the images, else with `pacs.assigning_authority`.
-    executor : Executor, optional
-        For C-FIND, and for building and reading manifests.
 
     Raises
     ------
     PeerError
         The PACS could not be asked which studies fit.
     """
-    source = _Source(pacs, finder, repository, profile, source_id, patient_id, executor, now, uid_factory, uuid_factory)
-    loop = asyncio.get_running_loop()
-    found = await loop.run_in_executor(
-        executor,
-        lambda: finder.find_studies(
-            study_instance_uid=selection.study_instance_uid,
-            patient_id=selection.patient_id,
-            since=selection.since,
-            until=selection.until,
-        ),
-    )
+    found = await publisher.find_studies(selection)
     wanted = [study.study_instance_uid for study in found]
     if selection.study_instance_uid and not wanted:
-        reason = f"{pacs.name} has no such study"
-        return [Published(study_instance_uid=selection.study_instance_uid, outcome="refused", reason=reason)]
+        wanted = [selection.study_instance_uid]  # it may be gone: then what is registered of it goes too
     results: list[Published] = []
     lost = ""
     for uid in wanted:
         if lost:
-            result = Published(study_instance_uid=uid, outcome="refused", reason=f"not tried: {lost}")
-        else:
-            try:
-                result = await source.publish_study(uid)
-            except (ConnectFailed, PeerTimeout) as exc:
-                lost = str(exc)
-                result = Published(study_instance_uid=uid, outcome="refused", reason=lost)
-            except (_Refused, ManifestError, PeerError, RegistryError, SubmissionRefused) as exc:
-                result = Published(study_instance_uid=uid, outcome="refused", reason=str(exc))
-        log.log(
-            logging.WARNING if result.outcome == "refused" else logging.INFO,
-            "study %s of %s: %s%s",
-            uid,
-            pacs.name,
-            result.outcome,
-            f" ({result.reason})" if result.reason else "",
-        )
-        results.append(result)
+            results.append(Published(study_instance_uid=uid, outcome="refused", reason=f"not tried: {lost}"))
+            continue
+        try:
+            results.append(await publisher.attempt(uid))
+        except (ConnectFailed, PeerTimeout) as exc:
+            lost = str(exc)
+            log.warning("study %s: refused (%s)", uid, lost)
+            results.append(Published(study_instance_uid=uid, outcome="refused", reason=lost))
     return results
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    """Everything that stays the same from study to study."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A study as it would be registered now."""
 
-    pacs: settings.Pacs
+    contents: StudyContents
+    """Without what is rejected."""
+    content: bytes
+    manifest: Manifest
+    submission: Submission
+    registered: Sequence[tuple[DocumentEntry, Manifest]]
+    """Our approved manifests of it, the newest first; those under another patient last."""
+    rejected: int
+
+    @property
+    def entry(self) -> DocumentEntry:
+        return self.submission.documents[0]
+
+    @property
+    def is_unchanged(self) -> bool:
+        if not self.registered:
+            return False
+        entry, manifest = self.registered[0]
+        return manifest.same_content(self.manifest) and same_description(entry, self.entry)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publisher:
+    """The studies of one PACS on their way to one repository.
+
+    Attributes
+    ----------
+    source_id : str
+        OID of this document source.
+    objects : ObjectSource, optional
+        For Key Object Selection documents, which may be rejection notes: without it a study that has one is refused.
+    memory : Publications, optional
+        Where publications are remembered, and by which nobody else publishes the same study meanwhile.
+    patient_id : Identifier, optional
+        Of the affinity domain, for all studies. Without it the department's own id is registered, with the issuer
+        found in the images, else with `pacs.assigning_authority`.
+    executor : Executor, optional
+        For C-FIND, and for building and reading manifests.
+    """
+
+    pacs: Pacs
     finder: StudyFinder
     repository: Repository
     profile: Profile
     source_id: str
-    patient_id: Identifier | None
-    executor: Executor | None
-    now: Callable[[], datetime]
-    uid_factory: Callable[[], str]
-    uuid_factory: Callable[[], str]
+    objects: ObjectSource | None = None
+    memory: Publications | None = None
+    patient_id: Identifier | None = None
+    executor: Executor | None = None
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    uid_factory: Callable[[], str] = new_uid
+    uuid_factory: Callable[[], str] = new_uuid
+
+    async def find_studies(self, selection: Selection) -> list[StudyFacts]:
+        """Ask the PACS which studies fit; raises PeerError and ManifestError."""
+        return await self.run(
+            lambda: self.finder.find_studies(
+                study_instance_uid=selection.study_instance_uid,
+                patient_id=selection.patient_id,
+                since=selection.since,
+                until=selection.until,
+            )
+        )
+
+    async def attempt(self, study_instance_uid: str) -> Published:
+        """Publish a study, or say why it cannot be; see `publish_study`.
+
+        Raises
+        ------
+        ConnectFailed, PeerTimeout
+            The PACS or the repository is away, which says nothing about the study.
+        """
+        try:
+            result = await self.publish_study(study_instance_uid)
+        except (ConnectFailed, PeerTimeout):
+            raise
+        except (NotPublished, ManifestError, PeerError, RegistryError, SubmissionRefused) as exc:
+            result = Published(study_instance_uid=study_instance_uid, outcome="refused", reason=str(exc))
+        log.log(
+            logging.WARNING if result.outcome == "refused" else logging.INFO,
+            "study %s of %s: %s%s",
+            study_instance_uid,
+            self.pacs.name,
+            result.outcome,
+            f" ({result.reason})" if result.reason else "",
+        )
+        return result
 
     async def publish_study(self, study_instance_uid: str) -> Published:
-        contents = await self._run(self.finder.read_study, study_instance_uid)
+        """Register a study as the PACS has it now; replace what is registered, or withdraw it where nothing is left."""
+        async with AsyncExitStack() as stack:
+            if self.memory is not None:
+                await stack.enter_async_context(self.memory.publishing(self.pacs.name, study_instance_uid))
+            try:
+                contents = await self.run(self.finder.read_study, study_instance_uid)
+            except StudyNotFound:
+                return await self._withdraw(study_instance_uid, f"{self.pacs.name} has no such study", self.patient_id)
+            rejected = await self._rejected(contents)
+            if contents.number_of_instances and not contents.without(rejected).number_of_instances:
+                return await self._withdraw(study_instance_uid, "all its instances are rejected", self._owner(contents))
+            if not contents.number_of_instances:
+                return await self._withdraw(study_instance_uid, "it has no instances", self._owner(contents))
+            prepared = await self._prepare(contents, rejected)
+            return await self._register(prepared, contents)
+
+    async def prepare(self, study_instance_uid: str) -> Prepared | None:
+        """Return a study as it would be registered now, beside what is registered; None where nothing is left of it."""
+        contents = await self.run(self.finder.read_study, study_instance_uid)
+        rejected = await self._rejected(contents)
+        if not contents.without(rejected).number_of_instances:
+            return None
+        return await self._prepare(contents, rejected)
+
+    async def run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
+        """Do what blocks in a thread."""
+        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
+
+    # --- one study ----------------------------------------------------------------------------------------------------
+
+    async def _prepare(self, contents: StudyContents, rejected: frozenset[str]) -> Prepared:
+        contents = contents.without(rejected)
+        study_instance_uid = contents.facts.study_instance_uid
         patient = contents.facts.patient
-        registered_as = self.patient_id or _own_identifier(patient, self.pacs)
+        registered_as = self._owner(contents)
         # An id without a known domain is in the domain of its PACS, of which we know one OID.
         source_authority = _authority(patient, self.pacs) or self.pacs.retrieve_location_uid
         source_patient_id = Identifier(escape(patient.id), source_authority) if patient.id else registered_as
-
         now = self.now()
-        content, manifest = await self._run(self._build, contents, now)
-        ours = await self._registered(registered_as, study_instance_uid)
-        previous = ours[0] if ours else None
+        content, manifest = await self.run(self._build, contents, now)
+        ours = await self._registered(study_instance_uid, registered_as)
         submission = describe(
             manifest,
             content,
@@ -226,37 +326,128 @@ class _Source:
             patient_id=registered_as,
             source_patient_id=source_patient_id,
             source_id=self.source_id,
-            replaces=previous[0].entry_uuid if previous else "",
+            # A document is replaced by one of the same patient; what went out under another is deprecated.
+            replaces=ours[0][0].entry_uuid if ours and ours[0][0].patient_id == str(registered_as) else "",
             now=now,
             uid_factory=self.uid_factory,
             uuid_factory=self.uuid_factory,
         )
-        (entry,) = submission.documents
-        reason = ""
-        if len(ours) > 1:
-            others = ", ".join(other.unique_id for other, _ in ours[1:])
-            reason = f"older manifests of the same images stay registered: {others}"
+        return Prepared(
+            contents=contents,
+            content=content,
+            manifest=manifest,
+            submission=submission,
+            registered=ours,
+            rejected=len(rejected),
+        )
 
-        def published(outcome: Outcome, document_unique_id: str) -> Published:
-            return Published(
-                study_instance_uid=study_instance_uid,
-                outcome=outcome,
-                reason=reason,
-                patient_id=str(registered_as),
-                document_unique_id=document_unique_id,
-                series=sum(1 for series in contents.series if series.instances),
-                instances=manifest.number_of_instances,
+    async def _register(self, prepared: Prepared, contents: StudyContents) -> Published:
+        entry, patient_id = prepared.entry, prepared.entry.patient_id
+        same_patient = [each for each, _ in prepared.registered if each.patient_id == patient_id]
+        others = [each for each, _ in prepared.registered if each.patient_id != patient_id]
+        reasons = []
+        if prepared.rejected:
+            reasons.append(f"{prepared.rejected} rejected instances and notes left out")
+        if len(same_patient) > 1:
+            older = ", ".join(each.unique_id for each in same_patient[1:])
+            reasons.append(f"older manifests of the same images stay registered: {older}")
+        outcome: Outcome
+        if same_patient and prepared.is_unchanged:
+            outcome, entry = "unchanged", same_patient[0]
+        else:
+            response = await self.repository.provide_and_register(
+                prepared.submission, {entry.entry_uuid: prepared.content}
             )
+            if not response.succeeded:
+                raise _failure("repository", response.status, response.errors)
+            outcome = "replaced" if same_patient else "registered"
+        if others:
+            await self._deprecate(others)
+            reasons.append("deprecated under the patient that it had before")
+        await self._remember(contents, patient_id)
+        return Published(
+            study_instance_uid=contents.facts.study_instance_uid,
+            outcome=outcome,
+            reason="; ".join(reasons),
+            patient_id=patient_id,
+            document_unique_id=entry.unique_id,
+            series=sum(1 for series in prepared.contents.series if series.instances),
+            instances=prepared.manifest.number_of_instances,
+        )
 
-        if previous is not None and previous[1].same_content(manifest) and same_description(previous[0], entry):
-            return published("unchanged", previous[0].unique_id)
-        response = await self.repository.provide_and_register(submission, {entry.entry_uuid: content})
-        if not response.succeeded:
-            raise _failure("repository", response.status, response.errors)
-        return published("replaced" if previous else "registered", entry.unique_id)
+    async def _withdraw(self, study_instance_uid: str, reason: str, patient_id: Identifier | None) -> Published:
+        """Deprecate what is registered of a study of which nothing is left to be had."""
+        registered = await self._registered(study_instance_uid, patient_id)
+        if not registered:
+            raise NotPublished(f"{reason}, and nothing is registered of it that could be withdrawn")
+        entries = [entry for entry, _ in registered]
+        await self._deprecate(entries)
+        if self.memory is not None:
+            await self.run(self.memory.forget, self.pacs.name, study_instance_uid)
+        return Published(
+            study_instance_uid=study_instance_uid,
+            outcome="withdrawn",
+            reason=reason,
+            patient_id=entries[0].patient_id,
+        )
 
-    async def _run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
-        return await asyncio.get_running_loop().run_in_executor(self.executor, work, *arguments)
+    async def _deprecate(self, entries: Sequence[DocumentEntry]) -> None:
+        for patient_id in dict.fromkeys(entry.patient_id for entry in entries):
+            submission = describe_deprecation(
+                [entry for entry in entries if entry.patient_id == patient_id],
+                profile=self.profile,
+                source_id=self.source_id,
+                now=self.now(),
+                uid_factory=self.uid_factory,
+                uuid_factory=self.uuid_factory,
+            )
+            response = await self.repository.update(submission)
+            if not response.succeeded:
+                raise _failure("registry", response.status, response.errors)
+
+    async def _remember(self, contents: StudyContents, patient_id: str) -> None:
+        if self.memory is None:
+            return
+        record = await self.run(self.memory.study, self.pacs.name, contents.facts.study_instance_uid)
+        record = replace(
+            record,
+            day=contents.facts.day,
+            patient_id=patient_id,
+            series=series_signature(series.facts for series in contents.series),
+        )
+        await self.run(self.memory.remember, record)
+
+    # --- what is rejected ---------------------------------------------------------------------------------------------
+
+    async def _rejected(self, contents: StudyContents) -> frozenset[str]:
+        """Return the instances that rejection notes of the study name, and the notes themselves.
+
+        C-FIND does not tell what a Key Object Selection says, so each is fetched. One that cannot be read keeps its
+        study back: what it may have rejected must not be published.
+        """
+        study = contents.facts.study_instance_uid
+        wants = [
+            Want(study, series.facts.series_instance_uid, each.sop_instance_uid, self.pacs.retrieve_location_uid)
+            for series in contents.series
+            for each in series.instances
+            if each.sop_class_uid == uids.KOS_SOP_CLASS
+        ]
+        if not wants:
+            return frozenset()
+        if self.objects is None or len(wants) > _MAX_KEY_OBJECTS:
+            raise NotPublished(f"it has {len(wants)} Key Object Selections, and they cannot be read for rejections")
+        rejected: set[str] = set()
+        for start in range(0, len(wants), _KEY_OBJECTS_AT_ONCE):
+            objects = await self.objects.fetch(wants[start : start + _KEY_OBJECTS_AT_ONCE], manifests.MAX_BYTES)
+            for content in objects.values():
+                note = await self.run(manifests.read_rejection, content)
+                if note is not None:
+                    log.info("study %s of %s: a note says %s", study, self.pacs.name, note.reason)
+                    rejected |= {note.sop_instance_uid, *note.sop_instance_uids}
+        own = {each.sop_instance_uid for series in contents.series for each in series.instances}
+        return frozenset(rejected & own)
+
+    # --- what is registered -------------------------------------------------------------------------------------------
 
     def _build(self, contents: StudyContents, now: datetime) -> tuple[bytes, Manifest]:
         """Build a manifest, and read it back: nothing is registered that we could not read ourselves."""
@@ -270,11 +461,25 @@ class _Source:
         return content, manifests.read(content)
 
     async def _registered(
-        self, patient_id: Identifier, study_instance_uid: str
+        self, study_instance_uid: str, patient_id: Identifier | None
     ) -> list[tuple[DocumentEntry, Manifest]]:
-        """Return the approved manifests of a study that are ours, the newest first."""
+        """Return the approved manifests of a study that are ours, the newest first.
+
+        Those under the patient given come first; those under the patient that the study had when it was published
+        last follow.
+        """
+        patients = [str(patient_id)] if patient_id else []
+        if self.memory is not None:
+            record = await self.run(self.memory.study, self.pacs.name, study_instance_uid)
+            patients += [record.patient_id] if record.patient_id else []
+        found = []
+        for patient in dict.fromkeys(patients):
+            found += await self._registered_of(study_instance_uid, patient)
+        return found
+
+    async def _registered_of(self, study_instance_uid: str, patient_id: str) -> list[tuple[DocumentEntry, Manifest]]:
         query = FindDocuments(
-            patient_id=str(patient_id),
+            patient_id=patient_id,
             status=(uids.APPROVED,),
             format_codes=(self.profile.codes.format,),
             reference_ids=((study_reference_id(study_instance_uid),),),
@@ -291,41 +496,75 @@ class _Source:
                 continue
             content = await self.repository.retrieve_document(entry.repository_unique_id, entry.unique_id)
             try:
-                manifest = await self._run(manifests.read, content)
+                manifest = await self.run(manifests.read, content)
             except ManifestError as exc:
                 log.warning("document %s of study %s is left alone: %s", entry.unique_id, study_instance_uid, exc)
                 continue
-            if self._is_ours(manifest):
+            if is_ours(manifest, self.pacs):
                 found.append((entry, manifest))
         return sorted(found, key=lambda each: (each[0].creation_time, each[0].unique_id), reverse=True)
 
-    def _is_ours(self, manifest: Manifest) -> bool:
-        title = manifests.TITLE_MANIFEST
-        return (manifest.title.code, manifest.title.scheme) == (title.code, title.scheme) and {
-            series.retrieve_location_uid for study in manifest.studies for series in study.series
-        } == {self.pacs.retrieve_location_uid}
+    def _owner(self, contents: StudyContents) -> Identifier:
+        """Return whose study it is to the registry."""
+        return self.patient_id or _own_identifier(contents.facts.patient, self.pacs)
+
+
+def publishers_of(
+    settings: Settings,
+    *,
+    repository: Repository,
+    objects: ObjectSource,
+    memory: Publications,
+    tls: ssl.SSLContext | None,
+    patient_id: Identifier | None = None,
+    executor: Executor | None = None,
+) -> list[Publisher]:
+    """Return a publisher for each PACS of a node; raises ConfigurationError for a profile that cannot be used."""
+    profile = load_profile(settings)
+    return [
+        Publisher(
+            pacs=pacs,
+            finder=Finder(pacs, settings.dicom.ae_title, tls),
+            repository=repository,
+            profile=profile,
+            source_id=settings.node.home_community_id.removeprefix(uids.OID_PREFIX),
+            objects=objects,
+            memory=memory,
+            patient_id=patient_id,
+            executor=executor,
+        )
+        for pacs in settings.pacs
+    ]
+
+
+def is_ours(manifest: Manifest, pacs: Pacs) -> bool:
+    """Tell whether a manifest is one that this module would have made for a PACS, by title and place of retrieval."""
+    title = manifests.TITLE_MANIFEST
+    return (manifest.title.code, manifest.title.scheme) == (title.code, title.scheme) and {
+        series.retrieve_location_uid for study in manifest.studies for series in study.series
+    } == {pacs.retrieve_location_uid}
 
 
 def _failure(who: str, status: str, errors: Sequence[RegistryError]) -> Exception:
     if errors:
         return SubmissionRefused(errors)
-    return _Refused(f"the {who} answered {status or 'without a status'} and gave no error")
+    return NotPublished(f"the {who} answered {status or 'without a status'} and gave no error")
 
 
-def _authority(patient: Patient, pacs: settings.Pacs) -> str:
+def _authority(patient: Patient, pacs: Pacs) -> str:
     """Return the OID of the domain of a departmental patient id, empty where it is not known."""
     if patient.issuer_oid:
         return patient.issuer_oid
     return patient.issuer if uids.is_uid(patient.issuer) else pacs.assigning_authority
 
 
-def _own_identifier(patient: Patient, pacs: settings.Pacs) -> Identifier:
+def _own_identifier(patient: Patient, pacs: Pacs) -> Identifier:
     """Return the department's own identifier as that of the affinity domain."""
     if not patient.id:
-        raise _Refused("the images have no Patient ID (0010,0020): say whose they are with --as 'ID^^^&OID&ISO'")
+        raise NotPublished("the images have no Patient ID (0010,0020): say whose they are with --as 'ID^^^&OID&ISO'")
     authority = _authority(patient, pacs)
     if not authority:
-        raise _Refused(
+        raise NotPublished(
             "the images do not say who issued their Patient ID (0010,0021/0024): set pacs.assigning_authority of "
             f"{pacs.name!r}, or give the patient with --as 'ID^^^&OID&ISO'"
         )

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 
 from xca_imaging import uids
@@ -123,6 +123,43 @@ def describe(
             Association(entry_uuid=uuid_factory(), type=uids.RPLC, source=entry.entry_uuid, target=replaces)
         )
     return Submission((submission_set,), (entry,), (), tuple(associations))
+
+
+def describe_deprecation(
+    entries: Sequence[DocumentEntry],
+    *,
+    profile: Profile,
+    source_id: str,
+    now: datetime,
+    uid_factory: Callable[[], str],
+    uuid_factory: Callable[[], str],
+) -> Submission:
+    """Return the submission that deprecates registered documents of one patient (ITI-57).
+
+    References
+    ----------
+    * IHE ITI XDS Metadata Update, 3.57.4.1.3.3.2 (Update DocumentEntry AvailabilityStatus)
+    """
+    submission_set = SubmissionSet(
+        entry_uuid=uuid_factory(),
+        unique_id=uid_factory(),
+        patient_id=entries[0].patient_id,
+        source_id=source_id,
+        submission_time=now.astimezone(UTC).strftime("%Y%m%d%H%M%S"),
+        content_type_code=profile.codes.content_type,
+    )
+    associations = tuple(
+        Association(
+            entry_uuid=uuid_factory(),
+            type=uids.UPDATE_AVAILABILITY_STATUS,
+            source=submission_set.entry_uuid,
+            target=entry.entry_uuid,
+            original_status=uids.APPROVED,
+            new_status=uids.DEPRECATED,
+        )
+        for entry in entries
+    )
+    return Submission((submission_set,), (), (), associations)
 
 
 def same_description(entry: DocumentEntry, other: DocumentEntry) -> bool:

@@ -11,8 +11,10 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+import hashlib
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from typing import TypeVar
 
 from xca_imaging.imaging.attributes import Attributes
@@ -70,6 +72,11 @@ class StudyFacts:
     """SOP Classes in Study (0008,0062), where the PACS tells."""
     number_of_series: int | None = None
     number_of_instances: int | None = None
+
+    @property
+    def day(self) -> str:
+        """The Study Date as YYYYMMDD; ACR-NEMA wrote YYYY.MM.DD."""
+        return self.date.replace(".", "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,6 +148,33 @@ class StudyContents:
         if own and own not in {request.accession_number for request in found}:
             found[ImagingRequest(accession_number=own, accession_issuer=self.facts.accession_issuer)] = None
         return tuple(found)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Signatures: whether a study has changed, told from what its PACS says without listing its instances
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def study_signature(study: StudyFacts) -> str:
+    """Return a digest of everything that a PACS says of a study at study level, whatever the order of lists."""
+    ordered = replace(
+        study, modalities=tuple(sorted(study.modalities)), sop_class_uids=tuple(sorted(study.sop_class_uids))
+    )
+    return _digest(asdict(ordered))
+
+
+NO_NUMBERS = "?"
+"""How the signature of series begins whose numbers of instances the PACS does not tell: they may grow unseen."""
+
+
+def series_signature(series: Iterable[SeriesFacts]) -> str:
+    """Return a digest of which series there are and how many instances the PACS says each has."""
+    numbers = {each.series_instance_uid: each.number_of_instances for each in series}
+    return (NO_NUMBERS if None in numbers.values() else "") + _digest(numbers)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------------

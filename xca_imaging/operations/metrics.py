@@ -21,6 +21,21 @@ class Metrics:
         self._instances = Counter(
             "xca_imaging_instances", "Instances asked for by RAD-69 and RAD-75", ["state"], registry=self._registry
         )
+        self._published = Counter(
+            "xca_imaging_published",
+            "Studies looked at for publishing, by what became of them",
+            ["pacs", "outcome"],
+            registry=self._registry,
+        )
+        self._sweeps = Counter(
+            "xca_imaging_sweeps", "Sweeps of the PACSs, done or given up", ["pacs", "outcome"], registry=self._registry
+        )
+        self._swept = Gauge(
+            "xca_imaging_last_sweep_seconds",
+            "When the last sweep was done, since the epoch",
+            ["pacs"],
+            registry=self._registry,
+        )
 
     def request(self, transaction: str, outcome: str) -> None:
         """One request ended: answered, refused (RegistryErrors only) or fault."""
@@ -30,6 +45,16 @@ class Metrics:
         """One retrieval ended with so many instances held and failed."""
         self._instances.labels("held").inc(held)
         self._instances.labels("failed").inc(failed)
+
+    def published(self, pacs: str, outcome: str) -> None:
+        """One study was registered, unchanged, replaced, withdrawn or refused."""
+        self._published.labels(pacs, outcome).inc()
+
+    def sweep(self, pacs: str, *, is_done: bool) -> None:
+        """One sweep of a PACS ended, or was given up."""
+        self._sweeps.labels(pacs, "done" if is_done else "failed").inc()
+        if is_done:
+            self._swept.labels(pacs).set_to_current_time()
 
     def watch(self, name: str, text: str, read: Callable[[], float]) -> None:
         """Expose a value that is read at each scrape."""
