@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from tests.imaging import studies
@@ -159,7 +159,8 @@ class Clock:
     """A minute later each time."""
 
     def __init__(self) -> None:
-        self._minutes: Iterator[int] = iter(range(60))
+        self._now = datetime(2026, 3, 4, 4, 59, tzinfo=UTC)
 
     def __call__(self) -> datetime:
-        return datetime(2026, 3, 4, 5, next(self._minutes), tzinfo=UTC)
+        self._now += timedelta(minutes=1)
+        return self._now
