@@ -35,9 +35,16 @@ from xxhash import xxh3_128
 from xca_imaging.errors import LocalProtocolError, SpoolFull, SpoolInUse
 from xca_imaging.imaging import spool_journal
 from xca_imaging.imaging.spool_journal import Journal, Record
-from xca_imaging.imaging.spool_writing import Attachment, AttachmentWriter, SpoolWriter, raise_mapped
+from xca_imaging.imaging.spool_writing import (
+    ArrivalReader,
+    Attachment,
+    AttachmentWriter,
+    Digest,
+    SpoolWriter,
+    raise_mapped,
+)
 
-__all__ = ["Attachment", "AttachmentWriter", "Spool", "SpoolWriter", "SpooledInstance"]
+__all__ = ["ArrivalReader", "Attachment", "AttachmentWriter", "Digest", "Spool", "SpoolWriter", "SpooledInstance"]
 
 _log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn, Protocol
 
 from xxhash import xxh3_128
 
@@ -26,6 +26,16 @@ from xca_imaging.imaging.file_meta import encode_file_meta
 
 if TYPE_CHECKING:
     from xca_imaging.imaging.spool import Spool, SpooledInstance
+
+class Digest(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def digest(self) -> bytes: ...
+
+    def hexdigest(self) -> str: ...
+
 
 _NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -212,8 +222,15 @@ class ArrivalReader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def read(self, at_least: int, at_most: int) -> bytes:
+    @property
+    def behind(self) -> int:
+        """Bytes that have come and were not read."""
+        return self._writer.written - self.offset
+
+    async def read(self, at_least: int, at_most: int, digest: Digest | None = None) -> bytes:
         """Return the next bytes: `at_least` so many unless the instance ends before, nothing at its end.
+
+        `digest` is updated with them.
 
         Raises
         ------
@@ -229,7 +246,7 @@ class ArrivalReader:
         length = min(writer.written - self.offset, at_most)
         if length <= 0:
             return b""
-        data = await asyncio.get_running_loop().run_in_executor(None, os.pread, self._fd, length, self.offset)
+        data = await asyncio.get_running_loop().run_in_executor(None, _read, self._fd, length, self.offset, digest)
         self.offset += len(data)
         return data
 
@@ -239,6 +256,13 @@ class ArrivalReader:
             self._writer._remove_reader(self._more.set)
             os.close(self._fd)
             self._fd = -1
+
+
+def _read(fd: int, length: int, offset: int, digest: Digest | None) -> bytes:
+    data = os.pread(fd, length, offset)
+    if digest is not None:
+        digest.update(data)
+    return data
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,7 +43,7 @@ from xca_imaging.imaging.part10 import Part10Error, identify
 from xca_imaging.imaging.plan import FetchPlan, build
 from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
 from xca_imaging.imaging.scheduler import Scheduler
-from xca_imaging.imaging.spool import Spool, SpooledInstance
+from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +63,17 @@ class Arrived:
 
 
 @dataclass(frozen=True, slots=True)
+class Begun:
+    """A wanted instance has begun to arrive, and can be read along: in streaming transfers only.
+
+    It may break off, and begin another time; what is transcoded before it is held is not told of.
+    """
+
+    want: Want
+    arriving: SpoolWriter
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """A wanted instance will not come."""
 
@@ -73,7 +84,8 @@ class Failed:
 class Transfer:
     """What one request has of its instances, for as long as its context is open."""
 
-    # Mutable state: the ledger, held instances, the log of what happened, and an event for each who waits for more.
+    # Mutable state: the ledger, held instances, the log of what happened, whether the plan is proved, and an event for
+    # each who waits for more.
 
     def __init__(self, wants: Iterable[Want], accept: tuple[str, ...]) -> None:
         self.ledger = Ledger(wants)
@@ -81,6 +93,14 @@ class Transfer:
         self._held: dict[Want, SpooledInstance] = {}
         self._log: list[Arrived | Failed] = []
         self._changed = asyncio.Event()
+        self._planned: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+    async def planned(self) -> bool:
+        """Return when it is known what is fetched: True when C-FIND or the spool has proved that all of it exists.
+
+        What cannot be fetched has failed in the ledger by then.
+        """
+        return await asyncio.shield(self._planned)
 
     async def wait(self) -> None:
         """Return when every wanted instance is held or has failed."""
@@ -118,7 +138,12 @@ class Transfer:
         self._log.append(Failed(want, error))
         self._changed.set()
 
+    def _plan(self, *, is_proved: bool) -> None:
+        if not self._planned.done():
+            self._planned.set_result(is_proved)
+
     def _fail_open(self, error: RegistryError) -> None:
+        self._plan(is_proved=False)
         for entry in self.ledger:
             if entry.state in (State.MISSING, State.ARRIVING):
                 self._fail(entry.want, error.at(entry.want.sop_instance_uid))
@@ -329,6 +354,7 @@ class Transfers:
                 facts = await self._facts.learn(wants, accept)
                 plan = build(wants, accept=accept, routes=self._routes, facts=facts)
                 plan = self._settle_known(transfer, plan, accept)
+            transfer._plan(is_proved=not any(fetch.verify for fetch in plan.fetches))
             if plan.fetches:
                 room = self._spool.free_bytes
                 self._step(d.Asked(number, plan.fetches, accept, room, asker, priority))
