@@ -47,6 +47,8 @@ ITI44_ADD = "urn:hl7-org:v3:PRPA_IN201301UV02"  # [TF2-44]
 ITI44_REVISE = "urn:hl7-org:v3:PRPA_IN201302UV02"
 ITI44_MERGE = "urn:hl7-org:v3:PRPA_IN201304UV02"
 ITI44_RESPONSE = "urn:hl7-org:v3:MCCI_IN000002UV01"
+ITI51_REQUEST = "urn:ihe:iti:2009:MultiPatientStoredQuery"  # [TF2-51]
+ITI51_RESPONSE = "urn:ihe:iti:2009:MultiPatientStoredQueryResponse"
 ITI57_REQUEST = "urn:ihe:iti:2010:UpdateDocumentSet"  # XDS Metadata Update, 3.57
 ITI57_RESPONSE = "urn:ihe:iti:2010:UpdateDocumentSetResponse"
 ITI61_REQUEST = "urn:ihe:iti:2010:RegisterOnDemandDocumentEntry"  # [TF2-61]
@@ -70,6 +72,10 @@ SEVERITY_WARNING = "urn:oasis:names:tc:ebxml-regrep:ErrorSeverityType:Warning"
 # --- availabilityStatus [TF3-4.2, 4.2.3.2.2] --------------------------------------------------------------------------
 APPROVED = "urn:oasis:names:tc:ebxml-regrep:StatusType:Approved"
 DEPRECATED = "urn:oasis:names:tc:ebxml-regrep:StatusType:Deprecated"
+
+# --- documentAvailability [TF3-4.2, 4.2.3.2.30] ------------------------------------------------------------------------
+DOCUMENT_ONLINE = "urn:ihe:iti:2010:DocumentAvailability:Online"
+DOCUMENT_OFFLINE = "urn:ihe:iti:2010:DocumentAvailability:Offline"
 
 # --- Object types [TF3-4.2, 4.2.3.1] ----------------------------------------------------------------------------------
 STABLE_DOCUMENT = "urn:uuid:7edca82f-054d-47f2-a032-9b2a5b5186c1"

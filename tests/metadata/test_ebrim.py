@@ -209,16 +209,6 @@ def test_authors_keep_their_order_and_content():
     assert ebrim.decode_object(element).authors == authors
 
 
-def test_identifiers_and_classifications_of_other_schemes_are_passed_over():
-    other = "urn:uuid:99999999-9999-4999-8999-999999999999"
-    element = ebrim.encode_object(samples.ENTRY)
-    for child in (element.find("rim:ExternalIdentifier", RIM), element.find("rim:Classification", RIM)):
-        copied = child.__copy__()
-        copied.set("identificationScheme" if child.get("value") else "classificationScheme", other)
-        child.addnext(copied)
-    assert ebrim.decode_object(element) == samples.ENTRY
-
-
 @pytest.mark.parametrize("change", [{"title": "a\x00"}, {"uri": "\x1b$B"}, {"entry_uuid": "\x01"}])
 def test_what_cannot_stand_in_xml_is_not_written(change):
     """A Study Description with an escape sequence of ISO 2022 that nobody decoded."""

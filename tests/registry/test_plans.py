@@ -12,7 +12,7 @@ from tests.registry.samples import HOME, PATIENT, code
 from tests.registry.test_search import ACCESSION, STUDY, load
 from xca_imaging import uids
 from xca_imaging.metadata.stored_query import FindDocuments
-from xca_imaging.registry import Registry, search
+from xca_imaging.registry import Registry, conditions
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
 
 def plan(registry: Registry, query: FindDocuments) -> list[str]:
     """Return SQLite's steps for a query."""
-    statement = search.find_documents(query, leaves=True)
+    statement = conditions.find_documents(query, [query.patient_id])
     compiled = str(
         statement.compile(
             dialect=sqlite.dialect(),  # type: ignore[no-untyped-call]

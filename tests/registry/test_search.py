@@ -25,7 +25,7 @@ from tests.registry.samples import (
 from xca_imaging import errors, uids
 from xca_imaging.metadata.model import Association, Author, DocumentEntry, Folder, ObjectRef, SubmissionSet
 from xca_imaging.metadata.stored_query import FindDocuments, GetAll, GetDocuments, ReturnType, StoredQuery
-from xca_imaging.registry import Registry, search
+from xca_imaging.registry import Registry, conditions, search
 from xca_imaging.registry.tables import time_key
 
 ACCESSION = f"ACC-1^^^&1.3.6.1.4.1.21367.13.202.2000&ISO^{uids.REFERENCE_ACCESSION}"
@@ -46,6 +46,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "restricted": {"confidentiality_codes": (code("R"), code("V"))},
     "by O'Neil": {"authors": (Author(person="^O'Neil^Una^^^"), Author(institutions=("Example Hospital",)))},
     "by O\\T\\N 100%": {"authors": (Author(person="^O\\T\\N^100%^^^"),)},
+    "offline": {"document_availability": uids.DOCUMENT_OFFLINE},
     "accession": {"reference_ids": (ACCESSION,)},
     "accession and study": {"reference_ids": (ACCESSION, STUDY, STUDY)},
     "created 2023": {"creation_time": "2023"},
@@ -277,7 +278,7 @@ def test_everything_of_a_patient_with_the_associations_that_touch_it(registry: R
     nothing = all_of(document_status=(uids.DEPRECATED,), submission_set_status=(uids.DEPRECATED,))
     found = decoded(registry.query(StoredQuery(nothing)).fragments)
     assert {type(item) for item in found} == {Folder, Association}
-    assert registry.query(StoredQuery(all_of(patient_id="test-3^^^&1.2.3&ISO"))).fragments == ()
+    assert list(registry.query(StoredQuery(all_of(patient_id="test-3^^^&1.2.3&ISO"))).fragments) == []
 
 
 def test_everything_filtered_by_confidentiality_and_type(registry: Registry) -> None:
@@ -291,6 +292,26 @@ def test_everything_filtered_by_confidentiality_and_type(registry: Registry) -> 
     assert titles() == {"R", "N"}
     assert titles(confidentiality_codes=((code("R"),),)) == {"R"}
     assert titles(types=(uids.ON_DEMAND_DOCUMENT,)) == {"on demand"}
+
+
+def test_an_answer_longer_than_a_page_is_whole_and_in_order(registry: Registry) -> None:
+    entries = [document(entry_uuid=f"Document-{number}") for number in range(2 * search.PAGE + 1)]
+    ids = registry.register(submission(*entries)).entry_uuids
+    found = registry.query(StoredQuery(FindDocuments(patient_id=PATIENT, status=(uids.APPROVED,))))
+    assert len(found.fragments) == len(entries)
+    pages = list(found.pages())
+    assert [len(page) for page in pages] == [search.PAGE, search.PAGE, 1]
+    wanted = [ids[entry.entry_uuid] for entry in entries]
+    assert [item.entry_uuid for page in pages for item in decoded(page)] == wanted
+    assert [item.entry_uuid for item in decoded(found.fragments)] == wanted  # may be read again
+    refs = registry.query(StoredQuery(FindDocuments(patient_id=PATIENT, status=(uids.APPROVED,)), "ObjectRef"))
+    assert sum(len(page) for page in refs.pages()) == len(entries)
+
+
+def test_by_document_availability(loaded: Registry) -> None:
+    assert find(loaded, availability=(uids.DOCUMENT_OFFLINE,)) == {"offline"}
+    assert find(loaded, availability=(uids.DOCUMENT_ONLINE,)) == set(SPECIAL) - {"offline"}
+    assert find(loaded, availability=(uids.DOCUMENT_ONLINE, uids.DOCUMENT_OFFLINE)) == set(SPECIAL)
 
 
 # --- Limits -----------------------------------------------------------------------------------------------------------
@@ -327,14 +348,14 @@ def test_the_associations_of_a_full_answer_count(url: str) -> None:
 
 
 def test_a_query_is_bounded(loaded: Registry) -> None:
-    many = tuple(code(str(number)) for number in range(search.MAX_VALUES))
+    many = tuple(code(str(number)) for number in range(conditions.MAX_VALUES))
     assert find(loaded, class_codes=many) == set()
-    assert find(loaded, event_codes=((code("x"),),) * search.MAX_CONDITIONS) == {"events x", "events xy"}
-    patterns = ("%none%",) * search.MAX_PATTERNS
+    assert find(loaded, event_codes=((code("x"),),) * conditions.MAX_CONDITIONS) == {"events x", "events xy"}
+    patterns = ("%none%",) * conditions.MAX_PATTERNS
     assert find(loaded, author_persons=patterns) == set()
     for parameters in (
         {"class_codes": (*many, code("x"))},
-        {"event_codes": ((code("x"),),) * (search.MAX_CONDITIONS + 1)},
+        {"event_codes": ((code("x"),),) * (conditions.MAX_CONDITIONS + 1)},
         {"author_persons": (*patterns, "%")},
     ):
         with pytest.raises(errors.StoredQueryParamNumber):

@@ -74,7 +74,7 @@ def _fragments(submission: Submission) -> list[bytes]:
 def test_an_answer_of_fragments_is_the_same_answer(submission, met):
     count = len(list(submission))
     response = response_to(met, found=count)
-    pieces = iti18.encode_response_fragments(response, _fragments(submission))
+    pieces = list(iti18.encode_response_fragments(response, _fragments(submission)))
     assert len(pieces) == count + 2
     body = xml.parse(b"".join(pieces))
     schemas.assert_valid(body)

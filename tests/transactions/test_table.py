@@ -34,6 +34,7 @@ def test_packaging():
         "iti18",
         "iti38",
         "iti42",
+        "iti51",
         "iti57",
         "iti61",
         "iti62",

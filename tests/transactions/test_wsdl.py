@@ -25,6 +25,7 @@ FILES = {
         table.ITI44_ADD,
         table.ITI44_REVISE,
         table.ITI44_MERGE,
+        table.ITI51,
         table.ITI57,
         table.ITI61,
         table.ITI62,

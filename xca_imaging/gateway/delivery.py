@@ -22,12 +22,13 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from xca_imaging.wire import mtom, multipart
 
 log = logging.getLogger(__name__)
 
+_SOAP = "application/soap+xml; charset=UTF-8"
 _READ = 512 * 1024  # bytes read from a file at a time
 _BATCH = 512 * 1024  # bytes read before they are written: two batches are in memory per answer
 _SMALL = 64 * 1024  # shorter pieces are copied together: one write for a few small objects
@@ -94,9 +95,7 @@ class Output:
         """Send the whole answer; `packed` = MTOM. Once begun the response stays what it is: MTOM with status 200."""
         response = self._response
         if response is None and not packed:
-            return web.Response(
-                body=envelope, status=status, headers={"Content-Type": "application/soap+xml; charset=UTF-8"}
-            )
+            return web.Response(body=envelope, status=status, headers={"Content-Type": _SOAP})
         if response is None:
             response = web.StreamResponse(status=status, headers={"Content-Type": self._writer.content_type})
             sizes = [(part.content_id, part.content_type, part.size) for part in parts]
@@ -124,6 +123,26 @@ class Output:
             await self._end(response)
         except Exception as exc:
             raise self._broken(exc, response) from exc
+        return response
+
+    async def send_body(self, start: bytes, end: bytes, body: AsyncGenerator[bytes, None]) -> web.StreamResponse:
+        """Send a message without attachments whose body comes in fragments, between the ends of its envelope."""
+        async with aclosing(body):
+            if self.request.version < HttpVersion11:
+                # No chunked coding, and an answer that ends by closing can come out short unnoticed.
+                whole = b"".join([start, *[piece async for piece in body], end])
+                return web.Response(body=whole, headers={"Content-Type": _SOAP})
+            response = web.StreamResponse(headers={"Content-Type": _SOAP})
+            response.enable_chunked_encoding()
+            await response.prepare(self.request)
+            try:
+                await self._write(response, start)
+                async for piece in body:
+                    await self._write(response, piece)
+                await self._write(response, end)
+                await response.write_eof()
+            except Exception as exc:
+                raise self._broken(exc, response) from exc
         return response
 
     async def _begin_chunked(self) -> web.StreamResponse:

@@ -1,16 +1,17 @@
-"""Document Registry and Document Repository: ITI-18, ITI-42, ITI-41 (RAD-68) and ITI-43 of this node.
+"""Document Registry and Document Repository: ITI-18, ITI-51, ITI-42, ITI-41 (RAD-68) and ITI-43 of this node.
 
 References
 ----------
-* IHE ITI TF-2, 3.18, 3.41, 3.42, 3.43
+* IHE ITI TF-2, 3.18, 3.41, 3.42, 3.43, 3.51
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from functools import partial
+from itertools import chain
 from typing import TypeVar
 
 from lxml import etree
@@ -25,22 +26,22 @@ from xca_imaging.errors import (
 )
 from xca_imaging.gateway.delivery import Part
 from xca_imaging.gateway.exchange import Answer, Context, Operation
-from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import Submission
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.documents import Content
 from xca_imaging.registry.provide import Repository
 from xca_imaging.registry.search import Found
-from xca_imaging.transactions import iti18, iti41, iti42, iti43
+from xca_imaging.transactions import iti18, iti41, iti42, iti43, iti51
 from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.document_set import DocumentRequest, DocumentResponse, RetrieveRequest, RetrieveResponse
 from xca_imaging.transactions.registry_response import response_to
 from xca_imaging.transactions.submission import ProvideRequest
 from xca_imaging.wire.mtom import Reference
-from xca_imaging.wire.xml import serialize
 
 T = TypeVar("T")
+
+_BATCH = 256 * 1024  # bytes of a query's answer that are read before they are written: some 50 DocumentEntries
 
 
 class DocumentActors:
@@ -55,6 +56,7 @@ class DocumentActors:
     def registry_operations(self) -> Sequence[Operation]:
         return (
             Operation(iti18.TRANSACTION, iti18.decode_request, self._query, refuse_query),
+            Operation(iti51.TRANSACTION, iti51.decode_request, self._query_multiple, refuse_query),
             Operation(iti42.TRANSACTION, iti42.decode_request, self._register, refuse_submission),
         )
 
@@ -69,6 +71,24 @@ class DocumentActors:
     async def find(self, query: StoredQuery) -> Found:
         """Return what a stored query finds; raises RegistryError."""
         return await self._run(partial(self._registry.query, query))
+
+    async def answer(self, query: StoredQuery, encode: Callable[[Iterable[bytes]], Iterator[bytes]]) -> Answer:
+        """Answer a stored query with the pieces that `encode` makes of its fragments; raises RegistryError.
+
+        A short answer is whole at once. Of a long one the fragments are read while it is written.
+        """
+        found = await self.find(query)
+        pieces = encode(chain.from_iterable(found.pages()))
+        first = await self._run(partial(_next_batch, pieces))
+        if len(first) < _BATCH:
+            return Answer([first])
+        return Answer(self._batches(first, pieces))
+
+    async def _batches(self, first: bytes, pieces: Iterator[bytes]) -> AsyncGenerator[bytes, None]:
+        batch = first
+        while batch:
+            yield batch
+            batch = await self._run(partial(_next_batch, pieces))
 
     async def documents(
         self, requests: Sequence[DocumentRequest]
@@ -107,8 +127,10 @@ class DocumentActors:
     # --- operations ---------------------------------------------------------------------------------------------------
 
     async def _query(self, query: StoredQuery, context: Context) -> Answer:
-        found = await self.find(query)
-        return Answer(iti18.encode_response_fragments(response_to(), fragments_of(found)))
+        return await self.answer(query, partial(iti18.encode_response_fragments, response_to()))
+
+    async def _query_multiple(self, query: StoredQuery, context: Context) -> Answer:
+        return await self.answer(query, partial(iti51.encode_response_fragments, response_to()))
 
     async def _register(self, submission: Submission, context: Context) -> Answer:
         registered = await self._run(partial(self._registry.register, submission))
@@ -130,9 +152,14 @@ class DocumentActors:
         return Answer(body, [part for _, _, part in found])
 
 
-def fragments_of(found: Found) -> list[bytes]:
-    """Return the serialised objects, or references, of a query's result."""
-    return [*found.fragments, *(serialize(ebrim.encode_reference(ref)) for ref in found.refs)]
+def _next_batch(pieces: Iterator[bytes]) -> bytes:
+    """Return the next pieces of an answer, about `_BATCH` bytes; less where it ends."""
+    batch = bytearray()
+    for piece in pieces:
+        batch += piece
+        if len(batch) >= _BATCH:
+            break
+    return bytes(batch)
 
 
 def refuse_query(errors: Sequence[RegistryError]) -> etree._Element:

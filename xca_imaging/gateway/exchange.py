@@ -19,7 +19,7 @@ import asyncio
 import functools
 import logging
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,10 +62,11 @@ _MAX_ATTACHMENTS = 10_000  # parts of one request: a submission of so many docum
 class Answer:
     """What an operation answers: the body (an element, or serialised fragments to be joined) and the parts it names.
 
-    Parts that still come are a `Stream`: only where `Context.caller.delivery` says so.
+    A body whose fragments are read while they are written is an asynchronous generator: only where the transaction is
+    not MTOM. Parts that still come are a `Stream`: only where `Context.caller.delivery` says so.
     """
 
-    body: etree._Element | Sequence[bytes]
+    body: etree._Element | Sequence[bytes] | AsyncGenerator[bytes, None]
     parts: Sequence[Part] | Stream = ()
 
 
@@ -271,8 +272,10 @@ class Exchange:
         headers = addressing.response_headers(
             transaction.response_action, message.message_id, message_id=f"urn:uuid:{uuid.uuid4()}"
         )
-        envelope = soap.write_envelope(headers, answer.body)
         try:
+            if isinstance(answer.body, AsyncGenerator):
+                return await out.send_body(*soap.envelope_around(headers), answer.body)
+            envelope = soap.write_envelope(headers, answer.body)
             if isinstance(answer.parts, Sequence):
                 return await out.send(envelope, answer.parts, packed=transaction.mtom)
             return await out.stream(envelope, answer.parts)

@@ -8,14 +8,15 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 from lxml import etree
 
 from xca_imaging.errors import MissingHomeCommunityId, RegistryError, UnknownCommunity
-from xca_imaging.gateway.documents import DocumentActors, fragments_of, refuse_query, refuse_retrieval
+from xca_imaging.gateway.documents import DocumentActors, refuse_query, refuse_retrieval
 from xca_imaging.gateway.exchange import Answer, Context, Operation
 from xca_imaging.gateway.imaging_source import Images, ImagingDocumentSource, answer_with
-from xca_imaging.metadata.stored_query import GetDocuments, StoredQuery
+from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.transactions import iti38, iti39, rad75
 from xca_imaging.transactions.document_set import DocumentRequest, RetrieveRequest, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
@@ -43,11 +44,10 @@ class RespondingGateway:
         home = query.home_community_id
         if home and home != self._home:
             raise UnknownCommunity(f"{home} is not this community")
-        if not home and isinstance(query.query, GetDocuments):
-            raise MissingHomeCommunityId("a query by document needs AdhocQuery/@home")
-        found = await self._documents.find(query)
-        fragments = fragments_of(found)
-        return Answer(iti38.encode_response_fragments(response_to(), fragments, home_community_id=self._home))
+        if not home and not query.names_patients:
+            raise MissingHomeCommunityId("a query by the ids of objects needs AdhocQuery/@home")
+        encode = partial(iti38.encode_response_fragments, response_to(), home_community_id=self._home)
+        return await self._documents.answer(query, encode)
 
     async def _retrieve(self, request: RetrieveRequest, context: Context) -> Answer:
         ours, failed = self._split(request.documents)

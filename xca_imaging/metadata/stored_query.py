@@ -1,49 +1,37 @@
-"""Stored queries as typed values, and AdhocQuery elements to and from them.
+"""Stored queries as typed values, and each as data: its id, its parameters, the value that it becomes.
+
+A flat tuple is a list of alternatives (OR), empty = not asked. A tuple of tuples is AND over OR: each inner tuple was
+one slot. Times are DTM: from <= value < to. `author_person(s)` are SQL LIKE patterns. `association_status` is the
+parameter of metadata update: associations of other states are not for those who do not ask for them.
 
 References
 ----------
-* IHE ITI TF-2, 3.18.4.1.2.3 (parameters), 3.18.4.1.2.3.5 (coding of values), 3.18.4.1.2.3.7 (the queries)
+* IHE ITI TF-2, 3.18.4.1.2.3 (parameters), 3.18.4.1.2.3.7 (the queries), 3.51.4.1.2 (queries for multiple patients)
+* IHE ITI supplement Restricted Metadata Update ($XDSAssociationStatus, $XDSDocumentEntryLogicalID)
 """
 
 from __future__ import annotations
 
 import enum
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import chain
-from typing import Any, Literal
-
-from lxml import etree
+from typing import Literal
 
 from xca_imaging import uids
-from xca_imaging.errors import (
-    LocalProtocolError,
-    MalformedMessage,
-    RegistryError,
-    StoredQueryMissingParam,
-    StoredQueryParamNumber,
-    UnknownStoredQuery,
-)
-from xca_imaging.metadata.datatypes import is_dtm
 from xca_imaging.metadata.model import Code
-from xca_imaging.wire.xml import qname
 
 ReturnType = Literal["LeafClass", "ObjectRef"]
 
+_STABLE = (uids.STABLE_DOCUMENT,)
+_APPROVED = (uids.APPROVED,)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FindDocuments:
-    """FindDocuments and FindDocumentsByReferenceId (3.18.4.1.2.3.7.1, .14).
+class DocumentCriteria:
+    """What a search for documents may ask beside patient ids. `reference_ids` is for queries by reference id only."""
 
-    A flat tuple is a list of alternatives (OR), empty = not asked. A tuple of tuples is AND over OR: each inner tuple
-    was one slot. Times are DTM: from <= value < to. `author_persons` are SQL LIKE patterns. `reference_ids` is not
-    empty for the query by reference id only.
-    """
-
-    patient_id: str
     status: tuple[str, ...]
-    types: tuple[str, ...] = (uids.STABLE_DOCUMENT,)
+    types: tuple[str, ...] = _STABLE
     class_codes: tuple[Code, ...] = ()
     type_codes: tuple[Code, ...] = ()
     practice_setting_codes: tuple[Code, ...] = ()
@@ -53,6 +41,7 @@ class FindDocuments:
     confidentiality_codes: tuple[tuple[Code, ...], ...] = ()
     reference_ids: tuple[tuple[str, ...], ...] = ()
     author_persons: tuple[str, ...] = ()
+    availability: tuple[str, ...] = ()
     creation_time_from: str = ""
     creation_time_to: str = ""
     service_start_time_from: str = ""
@@ -62,11 +51,54 @@ class FindDocuments:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GetDocuments:
-    """GetDocuments (3.18.4.1.2.3.7.5): by entryUUID or by uniqueId, exactly one of the two is not empty."""
+class FindDocuments(DocumentCriteria):
+    """FindDocuments and FindDocumentsByReferenceId (3.18.4.1.2.3.7.1, .14)."""
 
-    entry_uuids: tuple[str, ...] = ()
-    unique_ids: tuple[str, ...] = ()
+    patient_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindDocumentsForMultiplePatients(DocumentCriteria):
+    """The same over some patients, or over all of them (3.51.4.1.2.3)."""
+
+    patient_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindSubmissionSets:
+    """FindSubmissionSets (3.18.4.1.2.3.7.2)."""
+
+    patient_id: str
+    status: tuple[str, ...]
+    source_ids: tuple[str, ...] = ()
+    submission_time_from: str = ""
+    submission_time_to: str = ""
+    author_person: str = ""
+    content_type_codes: tuple[Code, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FolderCriteria:
+    """What a search for folders may ask beside patient ids."""
+
+    status: tuple[str, ...]
+    last_update_time_from: str = ""
+    last_update_time_to: str = ""
+    codes: tuple[tuple[Code, ...], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindFolders(FolderCriteria):
+    """FindFolders (3.18.4.1.2.3.7.3)."""
+
+    patient_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FindFoldersForMultiplePatients(FolderCriteria):
+    """The same over some patients, or over all of them (3.51.4.1.2.3)."""
+
+    patient_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,12 +109,116 @@ class GetAll:
     document_status: tuple[str, ...]
     submission_set_status: tuple[str, ...]
     folder_status: tuple[str, ...]
-    types: tuple[str, ...] = (uids.STABLE_DOCUMENT,)
+    types: tuple[str, ...] = _STABLE
     format_codes: tuple[Code, ...] = ()
     confidentiality_codes: tuple[tuple[Code, ...], ...] = ()
+    association_status: tuple[str, ...] = _APPROVED
 
 
-Query = FindDocuments | GetDocuments | GetAll
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetDocuments:
+    """GetDocuments (3.18.4.1.2.3.7.5): exactly one of the lists of ids is not empty."""
+
+    entry_uuids: tuple[str, ...] = ()
+    unique_ids: tuple[str, ...] = ()
+    logical_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetFolders:
+    """GetFolders (3.18.4.1.2.3.7.6): exactly one of the lists of ids is not empty."""
+
+    entry_uuids: tuple[str, ...] = ()
+    unique_ids: tuple[str, ...] = ()
+    logical_ids: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetAssociations:
+    """GetAssociations (3.18.4.1.2.3.7.7): those from or to the named objects."""
+
+    uuids: tuple[str, ...]
+    association_status: tuple[str, ...] = _APPROVED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetDocumentsAndAssociations:
+    """GetDocumentsAndAssociations (3.18.4.1.2.3.7.8): GetDocuments and GetAssociations in one."""
+
+    entry_uuids: tuple[str, ...] = ()
+    unique_ids: tuple[str, ...] = ()
+    logical_ids: tuple[str, ...] = ()
+    association_status: tuple[str, ...] = _APPROVED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetSubmissionSets:
+    """GetSubmissionSets (3.18.4.1.2.3.7.9): those that submitted the named documents and folders, with memberships."""
+
+    uuids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetSubmissionSetAndContents:
+    """GetSubmissionSetAndContents (3.18.4.1.2.3.7.10): exactly one of the two ids is not empty."""
+
+    entry_uuid: str = ""
+    unique_id: str = ""
+    types: tuple[str, ...] = _STABLE
+    format_codes: tuple[Code, ...] = ()
+    confidentiality_codes: tuple[tuple[Code, ...], ...] = ()
+    association_status: tuple[str, ...] = _APPROVED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetFolderAndContents:
+    """GetFolderAndContents (3.18.4.1.2.3.7.11): exactly one of the two ids is not empty."""
+
+    entry_uuid: str = ""
+    unique_id: str = ""
+    types: tuple[str, ...] = _STABLE
+    format_codes: tuple[Code, ...] = ()
+    confidentiality_codes: tuple[tuple[Code, ...], ...] = ()
+    association_status: tuple[str, ...] = _APPROVED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetFoldersForDocument:
+    """GetFoldersForDocument (3.18.4.1.2.3.7.12): exactly one of the two ids is not empty."""
+
+    entry_uuid: str = ""
+    unique_id: str = ""
+    association_status: tuple[str, ...] = _APPROVED
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GetRelatedDocuments:
+    """GetRelatedDocuments (3.18.4.1.2.3.7.13): exactly one of the two ids is not empty."""
+
+    association_types: tuple[str, ...]
+    entry_uuid: str = ""
+    unique_id: str = ""
+    types: tuple[str, ...] = _STABLE
+    association_status: tuple[str, ...] = _APPROVED
+
+
+Query = (
+    FindDocuments
+    | FindDocumentsForMultiplePatients
+    | FindSubmissionSets
+    | FindFolders
+    | FindFoldersForMultiplePatients
+    | GetAll
+    | GetDocuments
+    | GetFolders
+    | GetAssociations
+    | GetDocumentsAndAssociations
+    | GetSubmissionSets
+    | GetSubmissionSetAndContents
+    | GetFolderAndContents
+    | GetFoldersForDocument
+    | GetRelatedDocuments
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +228,11 @@ class StoredQuery:
     query: Query
     return_type: ReturnType = "LeafClass"
     home_community_id: str = ""
+
+    @property
+    def names_patients(self) -> bool:
+        """Whether it is asked by patient; a query by the ids of objects must say whose ids they are (3.38.4.1.2)."""
+        return not definition_of(self.query).by_ids
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -132,7 +273,7 @@ class Parameter:
 class Definition:
     """One stored query: its id, the value that it becomes, its parameters.
 
-    Exactly one of the parameters named in `either` must be given.
+    Exactly one of the parameters named in `either`, and at least one of those in `some`, must be given.
     """
 
     id: str
@@ -140,6 +281,12 @@ class Definition:
     build: Callable[..., Query]
     parameters: tuple[Parameter, ...]
     either: tuple[str, ...] = ()
+    some: tuple[str, ...] = ()
+
+    @property
+    def by_ids(self) -> bool:
+        """Whether it asks for objects by their ids."""
+        return bool(self.either) or self.parameters[0] is _UUIDS
 
 
 def _code(name: str, field: str) -> Parameter:
@@ -161,12 +308,30 @@ def _times(name: str, field: str) -> tuple[Parameter, Parameter]:
     )
 
 
+_UUIDS = Parameter("$uuid", "uuids", required=True, many=True)
 _FORMAT_CODE = _code("$XDSDocumentEntryFormatCode", "format_codes")
 _CONFIDENTIALITY_CODE = _codes_all("$XDSDocumentEntryConfidentialityCode", "confidentiality_codes")
 _ENTRY_TYPE = Parameter("$XDSDocumentEntryType", "types", many=True)
+_ASSOCIATION_STATUS = Parameter("$XDSAssociationStatus", "association_status", Kind.STATUS, many=True)
+_REFERENCE_IDS = Parameter(
+    "$XDSDocumentEntryReferenceIdList", "reference_ids", required=True, many=True, repeatable=True
+)
 
-_FIND_DOCUMENTS_PARAMETERS = (  # 3.18.4.1.2.3.7.1
-    Parameter("$XDSDocumentEntryPatientId", "patient_id", required=True),
+
+def _ids(of: str) -> tuple[Parameter, ...]:
+    names = [("EntryUUID", "entry_uuids"), ("UniqueId", "unique_ids"), ("LogicalID", "logical_ids")]
+    return tuple(Parameter(f"$XDS{of}{name}", field, many=True) for name, field in names)
+
+
+def _id(of: str) -> tuple[Parameter, ...]:
+    return (Parameter(f"$XDS{of}EntryUUID", "entry_uuid"), Parameter(f"$XDS{of}UniqueId", "unique_id"))
+
+
+def _names(parameters: tuple[Parameter, ...]) -> tuple[str, ...]:
+    return tuple(parameter.name for parameter in parameters)
+
+
+_DOCUMENT_CRITERIA = (  # 3.18.4.1.2.3.7.1
     _code("$XDSDocumentEntryClassCode", "class_codes"),
     _code("$XDSDocumentEntryTypeCode", "type_codes"),
     _code("$XDSDocumentEntryPracticeSettingCode", "practice_setting_codes"),
@@ -180,260 +345,177 @@ _FIND_DOCUMENTS_PARAMETERS = (  # 3.18.4.1.2.3.7.1
     _FORMAT_CODE,
     _status("$XDSDocumentEntryStatus", "status"),
     _ENTRY_TYPE,
+    Parameter("$XDSDocumentEntryDocumentAvailability", "availability", many=True),
 )
+_FIND_DOCUMENTS = (Parameter("$XDSDocumentEntryPatientId", "patient_id", required=True), *_DOCUMENT_CRITERIA)
+_FIND_DOCUMENTS_MULTI = (Parameter("$XDSDocumentEntryPatientId", "patient_ids", many=True), *_DOCUMENT_CRITERIA)
+_FOLDER_CRITERIA = (  # 3.18.4.1.2.3.7.3
+    *_times("$XDSFolderLastUpdateTime", "last_update_time"),
+    _codes_all("$XDSFolderCodeList", "codes"),
+    _status("$XDSFolderStatus", "status"),
+)
+_DOCUMENT_IDS, _FOLDER_IDS = _ids("DocumentEntry"), _ids("Folder")
+_DOCUMENT_ID, _FOLDER_ID, _SUBMISSION_SET_ID = _id("DocumentEntry"), _id("Folder"), _id("SubmissionSet")
 
 FIND_DOCUMENTS = Definition(
-    "urn:uuid:14d4debf-8f97-4251-9a74-a90016b0af0d", "FindDocuments", FindDocuments, _FIND_DOCUMENTS_PARAMETERS
+    "urn:uuid:14d4debf-8f97-4251-9a74-a90016b0af0d", "FindDocuments", FindDocuments, _FIND_DOCUMENTS
 )
 FIND_DOCUMENTS_BY_REFERENCE_ID = Definition(  # 3.18.4.1.2.3.7.14
     "urn:uuid:12941a89-e02e-4be5-967c-ce4bfc8fe492",
     "FindDocumentsByReferenceId",
     FindDocuments,
-    (
-        *_FIND_DOCUMENTS_PARAMETERS,
-        Parameter("$XDSDocumentEntryReferenceIdList", "reference_ids", required=True, many=True, repeatable=True),
+    (*_FIND_DOCUMENTS, _REFERENCE_IDS),
+)
+FIND_DOCUMENTS_FOR_MULTIPLE_PATIENTS = Definition(  # 3.51.4.1.2.3
+    "urn:uuid:3d1bdb10-39a2-11de-89c2-2f44d94eaa9f",
+    "FindDocumentsForMultiplePatients",
+    FindDocumentsForMultiplePatients,
+    _FIND_DOCUMENTS_MULTI,
+    some=(
+        "$XDSDocumentEntryPatientId",
+        "$XDSDocumentEntryClassCode",
+        "$XDSDocumentEntryEventCodeList",
+        "$XDSDocumentEntryHealthcareFacilityTypeCode",
     ),
 )
-GET_DOCUMENTS = Definition(  # 3.18.4.1.2.3.7.5
-    "urn:uuid:5c4f972b-d56b-40ac-a5fc-c8ca9b40b9d4",
-    "GetDocuments",
-    GetDocuments,
-    (
-        Parameter("$XDSDocumentEntryEntryUUID", "entry_uuids", many=True),
-        Parameter("$XDSDocumentEntryUniqueId", "unique_ids", many=True),
-    ),
-    either=("$XDSDocumentEntryEntryUUID", "$XDSDocumentEntryUniqueId"),
-)
-GET_ALL = Definition(  # 3.18.4.1.2.3.7.4
-    "urn:uuid:10b545ea-725c-446d-9b95-8aeb444eddf3",
-    "GetAll",
-    GetAll,
-    (
-        Parameter("$patientId", "patient_id", required=True),
-        _status("$XDSDocumentEntryStatus", "document_status"),
-        _status("$XDSSubmissionSetStatus", "submission_set_status"),
-        _status("$XDSFolderStatus", "folder_status"),
-        _FORMAT_CODE,
-        _CONFIDENTIALITY_CODE,
-        _ENTRY_TYPE,
-    ),
+FIND_DOCUMENTS_BY_REFERENCE_ID_FOR_MULTIPLE_PATIENTS = Definition(  # no IHE text: as Open eHealth IPF defines it
+    "urn:uuid:1191642d-86c4-42d8-b784-f95445f9f0d5",
+    "FindDocumentsByReferenceIdForMultiplePatients",
+    FindDocumentsForMultiplePatients,
+    (*_FIND_DOCUMENTS_MULTI, _REFERENCE_IDS),
 )
 
-DEFINITIONS: Mapping[str, Definition] = {
-    definition.id: definition for definition in (FIND_DOCUMENTS, FIND_DOCUMENTS_BY_REFERENCE_ID, GET_DOCUMENTS, GET_ALL)
+SINGLE_PATIENT: Mapping[str, Definition] = {
+    definition.id: definition
+    for definition in (
+        FIND_DOCUMENTS,
+        FIND_DOCUMENTS_BY_REFERENCE_ID,
+        Definition(
+            "urn:uuid:f26abbcb-ac74-4422-8a30-edb644bbc1a9",
+            "FindSubmissionSets",
+            FindSubmissionSets,
+            (
+                Parameter("$XDSSubmissionSetPatientId", "patient_id", required=True),
+                Parameter("$XDSSubmissionSetSourceId", "source_ids", many=True),
+                *_times("$XDSSubmissionSetSubmissionTime", "submission_time"),
+                Parameter("$XDSSubmissionSetAuthorPerson", "author_person"),
+                _code("$XDSSubmissionSetContentType", "content_type_codes"),
+                _status("$XDSSubmissionSetStatus", "status"),
+            ),
+        ),
+        Definition(
+            "urn:uuid:958f3006-baad-4929-a4de-ff1114824431",
+            "FindFolders",
+            FindFolders,
+            (Parameter("$XDSFolderPatientId", "patient_id", required=True), *_FOLDER_CRITERIA),
+        ),
+        Definition(
+            "urn:uuid:10b545ea-725c-446d-9b95-8aeb444eddf3",
+            "GetAll",
+            GetAll,
+            (
+                Parameter("$patientId", "patient_id", required=True),
+                _status("$XDSDocumentEntryStatus", "document_status"),
+                _status("$XDSSubmissionSetStatus", "submission_set_status"),
+                _status("$XDSFolderStatus", "folder_status"),
+                _FORMAT_CODE,
+                _CONFIDENTIALITY_CODE,
+                _ENTRY_TYPE,
+                _ASSOCIATION_STATUS,
+            ),
+        ),
+        Definition(
+            "urn:uuid:5c4f972b-d56b-40ac-a5fc-c8ca9b40b9d4",
+            "GetDocuments",
+            GetDocuments,
+            _DOCUMENT_IDS,
+            either=_names(_DOCUMENT_IDS),
+        ),
+        Definition(
+            "urn:uuid:5737b14c-8a1a-4539-b659-e03a34a5e1e4",
+            "GetFolders",
+            GetFolders,
+            _FOLDER_IDS,
+            either=_names(_FOLDER_IDS),
+        ),
+        Definition(
+            "urn:uuid:a7ae438b-4bc2-4642-93e9-be891f7bb155",
+            "GetAssociations",
+            GetAssociations,
+            (_UUIDS, _ASSOCIATION_STATUS),
+        ),
+        Definition(
+            "urn:uuid:bab9529a-4a10-40b3-a01f-f68a615d247a",
+            "GetDocumentsAndAssociations",
+            GetDocumentsAndAssociations,
+            (*_DOCUMENT_IDS, _ASSOCIATION_STATUS),
+            either=_names(_DOCUMENT_IDS),
+        ),
+        Definition("urn:uuid:51224314-5390-4169-9b91-b1980040715a", "GetSubmissionSets", GetSubmissionSets, (_UUIDS,)),
+        Definition(
+            "urn:uuid:e8e3cb2c-e39c-46b9-99e4-c12f57260b83",
+            "GetSubmissionSetAndContents",
+            GetSubmissionSetAndContents,
+            (*_SUBMISSION_SET_ID, _FORMAT_CODE, _CONFIDENTIALITY_CODE, _ENTRY_TYPE, _ASSOCIATION_STATUS),
+            either=_names(_SUBMISSION_SET_ID),
+        ),
+        Definition(
+            "urn:uuid:b909a503-523d-4517-8acf-8e5834dfc4c7",
+            "GetFolderAndContents",
+            GetFolderAndContents,
+            (*_FOLDER_ID, _FORMAT_CODE, _CONFIDENTIALITY_CODE, _ENTRY_TYPE, _ASSOCIATION_STATUS),
+            either=_names(_FOLDER_ID),
+        ),
+        Definition(
+            "urn:uuid:10cae35a-c7f9-4cf5-b61e-fc3278ffb578",
+            "GetFoldersForDocument",
+            GetFoldersForDocument,
+            (*_DOCUMENT_ID, _ASSOCIATION_STATUS),
+            either=_names(_DOCUMENT_ID),
+        ),
+        Definition(
+            "urn:uuid:d90e5407-b356-4d91-a89f-873917b4b0e6",
+            "GetRelatedDocuments",
+            GetRelatedDocuments,
+            (
+                *_DOCUMENT_ID,
+                Parameter("$AssociationTypes", "association_types", required=True, many=True),
+                _ENTRY_TYPE,
+                _ASSOCIATION_STATUS,
+            ),
+            either=_names(_DOCUMENT_ID),
+        ),
+    )
 }
+"""The queries of ITI-18 and ITI-38, by id."""
 
-_STATUSES = (uids.APPROVED, uids.DEPRECATED)
-_RETURN_TYPES: tuple[ReturnType, ...] = ("LeafClass", "ObjectRef")
+MULTIPLE_PATIENTS: Mapping[str, Definition] = {
+    definition.id: definition
+    for definition in (
+        FIND_DOCUMENTS_FOR_MULTIPLE_PATIENTS,
+        FIND_DOCUMENTS_BY_REFERENCE_ID_FOR_MULTIPLE_PATIENTS,
+        Definition(
+            "urn:uuid:50d3f5ac-39a2-11de-a1ca-b366239e58df",
+            "FindFoldersForMultiplePatients",
+            FindFoldersForMultiplePatients,
+            (Parameter("$XDSFolderPatientId", "patient_ids", many=True), *_FOLDER_CRITERIA),
+            some=("$XDSFolderPatientId", "$XDSFolderCodeList"),
+        ),
+    )
+}
+"""The queries of ITI-51, by id."""
+
+_BY_TYPE: Mapping[Callable[..., Query], Definition] = {
+    definition.build: definition
+    for definition in (*SINGLE_PATIENT.values(), *MULTIPLE_PATIENTS.values())
+    if _REFERENCE_IDS not in definition.parameters
+}
 
 
 def definition_of(query: Query) -> Definition:
     """Return the stored query that a query value is sent as."""
-    if isinstance(query, FindDocuments):
-        return FIND_DOCUMENTS_BY_REFERENCE_ID if query.reference_ids else FIND_DOCUMENTS
-    return GET_DOCUMENTS if isinstance(query, GetDocuments) else GET_ALL
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Reading
-# --------------------------------------------------------------------------------------------------------------------
-
-_REQUEST = qname(uids.NS_QUERY, "AdhocQueryRequest")
-_RESPONSE_OPTION = qname(uids.NS_QUERY, "ResponseOption")
-_ADHOC_QUERY = qname(uids.NS_RIM, "AdhocQuery")
-_SLOT = qname(uids.NS_RIM, "Slot")
-_VALUE_LIST = qname(uids.NS_RIM, "ValueList")
-_VALUE = qname(uids.NS_RIM, "Value")
-
-_TOKEN = re.compile(
-    r"""\s*(?:
-        '(?P<single>[^']*(?:''[^']*)*)'     # the rule: a quote inside is doubled
-      | "(?P<double>[^"]*(?:""[^"]*)*)"     # samples of the Technical Framework write lists so
-      | (?P<mark>[(),])
-      | (?P<bare>[^\s'"(),]+)
-    )\s*""",
-    re.VERBOSE,
-)
-
-
-def decode_adhoc_query(request: etree._Element, *, max_text: int = 1_000_000) -> StoredQuery:
-    """Return the query of a query:AdhocQueryRequest. Parameters that its definition does not have are ignored.
-
-    Parameters
-    ----------
-    max_text : int
-        Characters of all values together: 20 000 UUIDs. Reading millions of empty values would only cost time.
-
-    Raises
-    ------
-    MalformedMessage
-        When there is no AdhocQuery in it.
-    UnknownStoredQuery, StoredQueryMissingParam, StoredQueryParamNumber
-        As in 3.18.4.1.3.
-    RegistryError
-        When another returnType than LeafClass or ObjectRef is asked for.
-    """
-    adhoc_query = request.find(_ADHOC_QUERY)
-    if adhoc_query is None:
-        raise MalformedMessage("AdhocQueryRequest holds no rim:AdhocQuery")
-    query_id = adhoc_query.get("id", "").strip()
-    definition = DEFINITIONS.get(query_id.lower())
-    if definition is None:
-        raise UnknownStoredQuery(f"stored query {query_id[:64]!r} is not known here")
-    slots: dict[str, list[list[str]]] = {}
-    for slot in adhoc_query.iterchildren(_SLOT):
-        texts = [value.text or "" for value in slot.iterfind(f"{_VALUE_LIST}/{_VALUE}")]
-        slots.setdefault(slot.get("name", ""), []).append(texts)
-    if sum(len(text) for texts in chain.from_iterable(slots.values()) for text in texts) > max_text:
-        raise StoredQueryParamNumber(f"the values of the query have more than {max_text} characters")
-    return StoredQuery(_read_query(definition, slots), _return_type(request), adhoc_query.get("home", "").strip())
-
-
-def _return_type(request: etree._Element) -> ReturnType:
-    option = request.find(_RESPONSE_OPTION)
-    asked = "" if option is None else option.get("returnType", "")
-    for known in _RETURN_TYPES:
-        if asked == known:
-            return known
-    raise RegistryError(f"returnType {asked[:40]!r} is not supported; ask for LeafClass or ObjectRef")
-
-
-def _read_query(definition: Definition, slots: Mapping[str, list[list[str]]]) -> Query:
-    given = [name for name in definition.either if name in slots]
-    if len(given) > 1:
-        raise StoredQueryParamNumber(f"{definition.name}: only one of {' and '.join(given)} is allowed")
-    if definition.either and not given:
-        raise StoredQueryMissingParam(f"{definition.name}: one of {', '.join(definition.either)} is required")
-    values: dict[str, Any] = {}
-    for parameter in definition.parameters:
-        found = slots.get(parameter.name)
-        if found is not None:
-            value = _read_parameter(parameter, found)
-            if value:
-                values[parameter.field] = value
-            elif not parameter.required and parameter.name not in given:
-                raise StoredQueryParamNumber(f"{definition.name}: {parameter.name} has no value")
-        if parameter.field not in values and (parameter.required or parameter.name in given):
-            raise StoredQueryMissingParam(f"{definition.name}: {parameter.name} is required")
-    return definition.build(**values)
-
-
-def _read_parameter(parameter: Parameter, slots: list[list[str]]) -> str | Code | tuple[Any, ...]:
-    if len(slots) > 1 and not parameter.repeatable:
-        raise StoredQueryParamNumber(f"{parameter.name} stands {len(slots)} times, at most once is allowed")
-    if not parameter.many:
-        items = _tokens(parameter, slots[0], as_list=False)
-        if len(items) > 1:
-            raise StoredQueryParamNumber(f"{parameter.name} has {len(items)} values, exactly one is allowed")
-        return _read_value(parameter, items[0]) if items else ""
-    lists = [tuple(_read_value(parameter, item) for item in _tokens(parameter, texts, as_list=True)) for texts in slots]
-    if parameter.repeatable:
-        return tuple(values for values in lists if values)
-    if parameter.kind is Kind.STATUS:
-        return tuple(value for value in lists[0] if value in _STATUSES)
-    return lists[0]
-
-
-def _tokens(parameter: Parameter, texts: list[str], *, as_list: bool) -> list[str]:
-    """Return the values of one slot.
-
-    All its rim:Value elements are read as one text, because a list may go on from one to the next, either as a list
-    of its own or in the middle (3.18.4.1.2.3.5). A list of one value is taken where a single value is due.
-    """
-    values: list[str] = []
-    inside = False
-    for text in texts:
-        position = 0
-        text = text.strip()
-        while position < len(text):
-            match = _TOKEN.match(text, position)
-            if match is None:
-                raise StoredQueryParamNumber(f"{parameter.name}: a quote is not closed")
-            position = match.end()
-            kind, value = match.lastgroup, match[match.lastgroup or 0]
-            if kind == "mark":
-                if value == ",":
-                    continue
-                if inside == (value == "("):
-                    raise StoredQueryParamNumber(f"{parameter.name}: parentheses do not match")
-                inside = not inside
-                continue
-            if as_list and not inside:
-                raise StoredQueryParamNumber(f"{parameter.name}: values must stand in a list, ('a','b')")
-            if kind == "bare" and parameter.kind is not Kind.TIME:
-                raise StoredQueryParamNumber(f"{parameter.name}: values must stand in single quotes")
-            values.append(value.replace("''", "'") if kind == "single" else value.replace('""', '"'))
-    if inside:
-        raise StoredQueryParamNumber(f"{parameter.name}: parentheses do not match")
-    return values
-
-
-def _read_value(parameter: Parameter, text: str) -> str | Code:
-    if parameter.kind is Kind.CODE:
-        parts = text.split("^")
-        if len(parts) != 3 or not parts[0] or not parts[2]:
-            raise StoredQueryParamNumber(f"{parameter.name}: {text[:64]!r} is not code^^scheme")
-        return Code(parts[0], parts[2])
-    if parameter.kind is Kind.TIME and text and not is_dtm(text):
-        raise StoredQueryParamNumber(f"{parameter.name}: {text[:32]!r} is not a time, YYYY[MM[DD[hh[mm[ss]]]]]")
-    return text
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def encode_adhoc_query(stored_query: StoredQuery, *, max_value: int = 256) -> etree._Element:
-    """Return the query:AdhocQueryRequest of a query.
-
-    Parameters
-    ----------
-    max_value : int
-        A list longer than this goes on in another rim:Value: rim:LongName has at most 256 characters (ebRIM 3.0).
-    """
-    query = stored_query.query
-    definition = definition_of(query)
-    request = etree.Element(_REQUEST, nsmap={"query": uids.NS_QUERY, "rim": uids.NS_RIM})
-    option = etree.SubElement(request, _RESPONSE_OPTION)
-    option.set("returnComposedObjects", "true")
-    option.set("returnType", stored_query.return_type)
-    adhoc_query = etree.SubElement(request, _ADHOC_QUERY)
-    adhoc_query.set("id", definition.id)
-    if stored_query.home_community_id:
-        adhoc_query.set("home", stored_query.home_community_id)
-    for parameter in definition.parameters:
-        value = getattr(query, parameter.field)
-        if not value:
-            continue
-        for alternatives in value if parameter.repeatable else (value,):
-            texts = [_write_value(parameter, item) for item in (alternatives if parameter.many else (alternatives,))]
-            slot = etree.SubElement(adhoc_query, _SLOT)
-            slot.set("name", parameter.name)
-            value_list = etree.SubElement(slot, _VALUE_LIST)
-            for chunk in _lists(texts, max_value) if parameter.many else texts:
-                etree.SubElement(value_list, _VALUE).text = chunk
-    return request
-
-
-def _write_value(parameter: Parameter, value: str | Code) -> str:
-    if isinstance(value, Code):
-        if "^" in value.code + value.scheme or not value.code or not value.scheme:
-            raise LocalProtocolError(f"{parameter.name}: {value.code!r} of {value.scheme!r} cannot be asked for")
-        value = f"{value.code}^^{value.scheme}"
-    if parameter.kind is Kind.TIME:
-        return value
-    return "'" + value.replace("'", "''") + "'"
-
-
-def _lists(texts: list[str], max_value: int) -> Iterator[str]:
-    """Return the texts as lists in parentheses, a new list wherever one would grow over `max_value` characters."""
-    pending: list[str] = []
-    length = 1
-    for text in texts:
-        if pending and length + len(text) + 1 > max_value:
-            yield f"({','.join(pending)})"
-            pending, length = [], 1
-        pending.append(text)
-        length += len(text) + 1
-    yield f"({','.join(pending)})"
+    if isinstance(query, FindDocuments) and query.reference_ids:
+        return FIND_DOCUMENTS_BY_REFERENCE_ID
+    if isinstance(query, FindDocumentsForMultiplePatients) and query.reference_ids:
+        return FIND_DOCUMENTS_BY_REFERENCE_ID_FOR_MULTIPLE_PATIENTS
+    return _BY_TYPE[type(query)]

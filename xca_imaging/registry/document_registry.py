@@ -116,13 +116,9 @@ class Registry:
 
     def query(self, query: StoredQuery) -> Found:
         """Return what a stored query finds (ITI-18); see `search.search` for the errors."""
-        with self.database.reading() as connection:
-            return search.search(
-                connection,
-                query,
-                home_community_id=self.policy.home_community_id,
-                max_results=self._max_results,
-            )
+        return search.search(
+            self.database, query, home_community_id=self.policy.home_community_id, max_results=self._max_results
+        )
 
     def documents_of_study(self, study_instance_uid: str) -> tuple[DocumentEntry, ...]:
         """Return the approved manifests of a study: KOS entries whose reference ids name it, oldest first."""

@@ -1,4 +1,4 @@
-"""query:AdhocQueryRequest and query:AdhocQueryResponse: the messages of ITI-18 and ITI-38.
+"""query:AdhocQueryRequest and query:AdhocQueryResponse: the messages of ITI-18, ITI-38 and ITI-51.
 
 References
 ----------
@@ -9,7 +9,7 @@ References
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from xml.sax.saxutils import quoteattr
 
@@ -77,8 +77,10 @@ def encode_query_response(response: QueryResponse) -> etree._Element:
 
 def encode_query_fragments(
     response: RegistryResponse, fragments: Iterable[bytes], *, home_community_id: str = ""
-) -> list[bytes]:
-    """Return the query:AdhocQueryResponse in pieces that hold objects as they were serialised long ago.
+) -> Iterator[bytes]:
+    """Yield the query:AdhocQueryResponse in pieces that hold objects as they were serialised long ago.
+
+    Nothing is kept: an answer of any length needs the memory of one fragment.
 
     Parameters
     ----------
@@ -92,11 +94,10 @@ def encode_query_fragments(
     etree.SubElement(element, _REGISTRY_OBJECT_LIST).text = ""  # keeps start and end tag apart
     whole = xml.serialize(element)
     end = whole.rindex(_END)
-    pieces = [whole[:end]]
+    yield whole[:end]
     for fragment in fragments:
-        pieces.append(set_home(fragment, home_community_id) if home_community_id else fragment)
-    pieces.append(whole[end:])
-    return pieces
+        yield set_home(fragment, home_community_id) if home_community_id else fragment
+    yield whole[end:]
 
 
 def set_home(fragment: bytes, home_community_id: str) -> bytes:

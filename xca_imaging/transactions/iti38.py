@@ -7,11 +7,11 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from lxml import etree
 
-from xca_imaging.metadata import stored_query
+from xca_imaging.metadata.adhoc_query import decode_adhoc_query, encode_adhoc_query
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.transactions import adhoc_query
 from xca_imaging.transactions.adhoc_query import QueryResponse
@@ -22,13 +22,13 @@ TRANSACTION = ITI38
 
 
 def decode_request(body: etree._Element | None) -> StoredQuery:
-    """Return the query asked; see `stored_query.decode_adhoc_query` for what is raised."""
-    return stored_query.decode_adhoc_query(TRANSACTION.check_request(body))
+    """Return the query asked; see `metadata.adhoc_query.decode_adhoc_query` for what is raised."""
+    return decode_adhoc_query(TRANSACTION.check_request(body))
 
 
 def encode_request(query: StoredQuery) -> etree._Element:
     """Return the body of a request."""
-    return stored_query.encode_adhoc_query(query)
+    return encode_adhoc_query(query)
 
 
 def decode_response(body: etree._Element | None) -> QueryResponse:
@@ -43,6 +43,6 @@ def encode_response(response: QueryResponse) -> etree._Element:
 
 def encode_response_fragments(
     response: RegistryResponse, fragments: Iterable[bytes], *, home_community_id: str
-) -> list[bytes]:
-    """Return the body of an answer made of serialised objects, in pieces, each object with the gateway's home."""
+) -> Iterator[bytes]:
+    """Yield the body of an answer made of serialised objects, in pieces, each object with the gateway's home."""
     return adhoc_query.encode_query_fragments(response, fragments, home_community_id=home_community_id)

@@ -157,6 +157,15 @@ ITI44_REVISE = replace(
 ITI44_MERGE = replace(
     ITI44_ADD, request_action=uids.ITI44_MERGE, request_root=xml.qname(uids.NS_HL7V3, "PRPA_IN201304UV02")
 )
+ITI51 = Transaction(
+    name="iti51",
+    number="ITI-51",
+    title="Multi-Patient Stored Query",
+    request_action=uids.ITI51_REQUEST,
+    response_action=uids.ITI51_RESPONSE,
+    request_root=_QUERY_REQUEST,
+    response_root=_QUERY_RESPONSE,
+)
 ITI57 = Transaction(
     name="iti57",
     number="ITI-57",
@@ -234,6 +243,7 @@ TRANSACTIONS: tuple[Transaction, ...] = (
     ITI44_ADD,
     ITI44_REVISE,
     ITI44_MERGE,
+    ITI51,
     ITI57,
     ITI61,
     ITI62,

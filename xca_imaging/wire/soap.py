@@ -149,12 +149,17 @@ def write_envelope(
         fragments = (xml.serialize(body),)
     else:
         fragments = body
+    start, end = envelope_around(headers)
+    return b"".join((start, *fragments, end))
+
+
+def envelope_around(headers: Sequence[etree._Element]) -> tuple[bytes, bytes]:
+    """Return what stands before and after the child of Body in a message."""
     namespace = uids.NS_SOAP12.encode("ascii")
     pieces = [b'<env:Envelope xmlns:env="', namespace, b'">']
     if headers:
         pieces += [b"<env:Header>", *(xml.serialize(header) for header in headers), b"</env:Header>"]
-    pieces += [b"<env:Body>", *fragments, b"</env:Body></env:Envelope>"]
-    return b"".join(pieces)
+    return b"".join((*pieces, b"<env:Body>")), b"</env:Body></env:Envelope>"
 
 
 def _prefixes(names: Sequence[tuple[str, str]]) -> dict[str, str]:
