@@ -33,7 +33,7 @@ from xca_imaging.imaging.scheduler import Scheduler
 
 EXPLICIT, JPEG = "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.4.70"
 CT = "1.2.840.10008.5.1.4.1.1.2"
-ROOM = 10**9
+ROOM = 10**12
 T = TypeVar("T")
 
 
@@ -335,7 +335,7 @@ def test_bytes_are_progress() -> None:
 
 
 def test_different_lists_wait_for_each_other_and_nothing_overtakes() -> None:
-    b = Bench(limit=4)
+    b = Bench(limit=4, patience=0.0)
     (first,) = of(d.StartMove, b.ask(1, series(1, 1)))
     assert b.scheduler.accepted_syntaxes("main") == (EXPLICIT,)
     assert of(d.StartMove, b.ask(2, series(2, 1), accept=(JPEG, EXPLICIT))) == []

@@ -41,8 +41,9 @@ class SeriesFetch:
     """Instances of one series that one PACS is to send.
 
     `count` is the size of the series there (None: unknown); when all of them are wanted, one move at SERIES level
-    brings them. `sop_classes` names the instances that an IMAGE level C-FIND proved to be in this series. `verify`
-    asks for a look into the arrived object, because nothing else proves that it belongs to series and study.
+    brings them. `study_count` is the size of the whole study there, for a move at STUDY level. `sop_classes` names the
+    instances that an IMAGE level C-FIND proved to be in this series. `verify` asks for a look into the arrived object,
+    because nothing else proves that it belongs to series and study.
     """
 
     pacs: str
@@ -52,6 +53,7 @@ class SeriesFetch:
     count: int | None = None
     sop_classes: Mapping[str, str] = field(default_factory=dict)
     verify: bool = False
+    study_count: int | None = None
 
     def only(self, wants: Iterable[Want]) -> SeriesFetch:
         """Return the same for some of its wants."""
@@ -156,12 +158,14 @@ def _plan_series(
     if series not in facts.series:
         return None, [(want, not_there(want)) for want in wanted]
     count = facts.series[series]
+    counts = [each for each in facts.series.values() if each is not None]
+    in_study = sum(counts) if len(counts) == len(facts.series) else None
     present = facts.instances.get(series)
     if present is None:
-        fetch = SeriesFetch(pacs, study, series, tuple(wanted), count)
+        fetch = SeriesFetch(pacs, study, series, tuple(wanted), count, study_count=in_study)
         # An IMAGE level move of an unproved list may bring an instance of another series: some PACSs look at the SOP
         # Instance UID only.
-        return (fetch if fetch.whole else SeriesFetch(pacs, study, series, tuple(wanted), count, verify=True)), []
+        return (fetch if fetch.whole else replace(fetch, verify=True)), []
     # Some PACSs repeat one match in place of others: a list shorter than the series proves what it has, not what it
     # lacks.
     complete = count is None or len(present) >= count
@@ -171,7 +175,8 @@ def _plan_series(
         return None, absent
     proved = {uid: present[uid] for want in kept if (uid := want.sop_instance_uid) in present}
     count = len(present) if complete else count
-    return SeriesFetch(pacs, study, series, kept, count, proved, verify=len(proved) < len(kept)), absent
+    fetch = SeriesFetch(pacs, study, series, kept, count, proved, len(proved) < len(kept), in_study)
+    return fetch, absent
 
 
 def not_there(want: Want) -> DocumentUniqueIdError:

@@ -1,4 +1,4 @@
-"""Which PACS is asked for what, when, how often, and when to give up: events in, decisions out.
+"""Which PACS is asked for what, when, how, how often, and when to give up: events in, decisions out.
 
 Pure: time comes in with each event, randomness from a generator that is handed in, nothing is awaited or sent. The
 shell (`imaging/transfer.py`) performs each decision and feeds back what came of it.
@@ -7,12 +7,12 @@ How it thinks:
 
 * A *fetch* is one instance that one PACS is to send, in one of the accepted transfer syntaxes. However many requests
   wait for it, it is fetched once; a waiter holds no slot.
-* Fetches are queued by series in *batches*; a batch becomes one or more *moves* when its PACS has free slots. C-FIND
-  queries take slots too, before moves, because they are short and others wait for their answer.
-* What a PACS says about its success is a hint. A fetch ends when its instance has arrived whole, or when the move that
-  was to bring it has ended (and a grace has passed) and there is a reason not to ask again.
-* A move is given up when no wanted byte came for `stall_timeout`. Pending responses are not progress.
-* The Storage SCP negotiates by peer, so moves with different transfer syntax lists never run at one PACS together.
+* Each request queues its fetches by series in *batches* (`fairness`: whose turn it is); a batch becomes one or more
+  *moves* when its PACS has free slots (`workload.size_of_move`: how large). C-FIND queries take slots too, before
+  moves, because they are short and others wait for their answer.
+* What arrives is matched in `stores`, what does not is dealt with in `recovery`. No PACS's word is taken for either.
+* The Storage SCP negotiates by peer, so C-MOVEs with different transfer syntax lists never run at one PACS together.
+* A step costs what it changes: it looks at the PACSs that it touches, and never at all that waits.
 
 References
 ----------
@@ -21,56 +21,46 @@ References
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 
-from xca_imaging.errors import (
-    PeerBusy,
-    PeerError,
-    PeerTimeout,
-    RegistryError,
-    RepositoryBusy,
-    RepositoryError,
-    RepositoryOutOfResources,
-    Retry,
-)
-from xca_imaging.imaging.budget import Budget
+from xca_imaging.errors import RegistryError, RepositoryBusy, RepositoryOutOfResources
+from xca_imaging.imaging.breaker import Breaker
+from xca_imaging.imaging.budget import Budget, OpeningHours, TokenBucket
 from xca_imaging.imaging.decisions import (
-    AcceptStore,
     Asked,
     BeginInstance,
     BytesArrived,
-    CancelMove,
     CheckSeries,
-    CompleteInstance,
+    ClockRead,
     Decision,
-    DropStore,
     Event,
     FailInstance,
     InstanceArrived,
-    Level,
-    LoseInstance,
     MoveFinished,
     MoveResponded,
+    Priority,
     QueryAsked,
     QueryFinished,
-    RefuseStore,
     StartMove,
     StartQuery,
     StoreBroken,
     StoreOffered,
     SyntaxesRefused,
-    WakeAt,
+    Throttled,
     Withdrawn,
     Woke,
 )
-from xca_imaging.imaging.plan import SeriesFetch, not_there
-from xca_imaging.imaging.workload import Batch, Fetch, Key, Move, Pacs, Stage, Store
+from xca_imaging.imaging.fairness import FairQueue, Fit
+from xca_imaging.imaging.plan import SeriesFetch
+from xca_imaging.imaging.recovery import Recovery
+from xca_imaging.imaging.stores import Stores
+from xca_imaging.imaging.waitlist import Waitlist
+from xca_imaging.imaging.workload import Batch, Fetch, Move, Pacs, Stage, size_of_move
 
-_OUT_OF_RESOURCES = 0xA700  # PS3.4 Table C.4-2: A7xx
+_UNIT = 512 * 1024
+"""Bytes for which an instance counts once in an asker's share: a CT slice. Larger ones count by their size."""
 
 
 class Scheduler:
@@ -85,8 +75,8 @@ class Scheduler:
     randomness : random.Random
         Spreads retries, so that many requests that failed together do not come back together.
     max_attempts : int
-        Moves for one instance, the first included. Three: series, list, one by one covers every known way in which
-        a PACS fails to understand the one before.
+        Moves for one instance in one way, the first included. Three: series, list, one by one covers every known way
+        in which a PACS fails to understand the one before.
     busy_attempts : int
         Times that a PACS may say it is busy before an instance fails with XDSRepositoryBusy: with doubling pauses from
         half a second these are about 15 s.
@@ -99,10 +89,16 @@ class Scheduler:
         Instances that may wait at all. Each costs about 1 KB; a hundred CT studies of 2000 images fit.
     min_room : int
         Bytes that the spool must have left for a request to be admitted: one ordinary image.
+    ageing : float
+        Seconds after which less urgent requests get a turn although more urgent ones wait.
+    patience : float
+        Seconds for which moves with the transfer syntax list that is being served go before others whose turn it is:
+        each change of the list lets the PACS run dry. Emergencies do not wait for it.
+    method_memory : float
+        Seconds for which a method that was refused is passed over, where the PACS has another one.
     """
 
-    # Mutable state: PACSs; fetches by key, by SOP Instance UID and by request; moves, stores and checks by number;
-    # timers (a heap) and the time that `WakeAt` named last; `_out` collects the decisions of the step that runs.
+    # Mutable state: in the waitlist, which all parts share, and in the parts.
 
     def __init__(
         self,
@@ -117,560 +113,346 @@ class Scheduler:
         grace: float = 1.0,
         max_waiting: int = 200_000,
         min_room: int = 2**20,
+        ageing: float = 60.0,
+        patience: float = 10.0,
+        method_memory: float = 300.0,
     ) -> None:
-        self._stall_timeout, self._random = stall_timeout, randomness
-        self._max_attempts, self._busy_attempts = max_attempts, busy_attempts
-        self._backoff, self._max_backoff, self._grace = backoff, max_backoff, grace
+        self._stall_timeout, self._patience = stall_timeout, patience
         self._max_waiting, self._min_room = max_waiting, min_room
-        self._budgets = budgets
-        self._pacs = {name: Pacs(name, each.associations, each.associations) for name, each in budgets.items()}
-        self._fetches: dict[Key, Fetch] = {}
-        self._by_uid: dict[str, list[Fetch]] = {}
-        self._by_request: dict[int, dict[Fetch, None]] = {}
-        self._moves: dict[int, Move] = {}
-        self._settling: dict[Move, None] = {}
-        self._stores: dict[int, Store] = {}
-        self._checks: dict[int, list[Fetch]] = {}
-        self._timers: list[tuple[float, int, Callable[[float], None]]] = []
-        self._numbers = itertools.count(1)
-        self._wake: float | None = None
-        self._out: list[Decision] = []
+        self._waitlist = Waitlist({name: _new_pacs(name, each, ageing, max_attempts) for name, each in budgets.items()})
+        self._recovery = Recovery(
+            self._waitlist,
+            randomness=randomness,
+            stall_timeout=stall_timeout,
+            max_attempts=max_attempts,
+            busy_attempts=busy_attempts,
+            backoff=backoff,
+            max_backoff=max_backoff,
+            grace=grace,
+            method_memory=method_memory,
+        )
+        self._stores = Stores(self._waitlist, self._recovery)
 
     # --- what the shell may look at -------------------------------------------------------------------------------
 
     def accepted_syntaxes(self, pacs: str | None) -> tuple[str, ...] | None:
-        """Return what a PACS may send now, best first; None when nothing was asked of anybody.
+        """Return what a PACS may send now, best first; None when nothing was asked of anybody."""
+        return self._stores.accepted_syntaxes(pacs)
 
-        For a peer that cannot be told which PACS it is, the lists of all that were asked, one after the other: each
-        instance is looked at again when it is offered.
-        """
-        asked = [self._pacs[pacs]] if pacs is not None else [p for p in self._pacs.values() if p.moves]
-        syntaxes = dict.fromkeys(uid for one in asked for uid in one.accept)
-        return tuple(syntaxes) or None
+    def why_closed(self, pacs: str, now: float) -> RegistryError | None:
+        """Return why a PACS is not asked for anything now; None when it is."""
+        one = self._waitlist.pacs[pacs]
+        why = one.why_closed(0, now)
+        return RepositoryBusy(f"{pacs}: {why}") if why else None
 
     @property
     def waiting(self) -> int:
         """Instances that are wanted and not yet there."""
-        return len(self._fetches)
+        return len(self._waitlist.fetches)
 
     @property
     def active_moves(self) -> int:
-        return len(self._moves)
+        return len(self._waitlist.moves)
 
     # --- the step -------------------------------------------------------------------------------------------------
 
     def step(self, event: Event, now: float) -> list[Decision]:
         """Take one event in, give the decisions out, in the order in which they are to be performed."""
-        self._out = []
+        waitlist = self._waitlist
+        waitlist.out = []
         match event:
             case StoreOffered():
-                self._offer_store(event, now)
+                self._stores.offer(event, now)
             case BytesArrived():
-                if store := self._stores.get(event.store):
-                    self._note_progress(store, now)
+                self._stores.hear(event, now)
             case InstanceArrived():
-                self._finish_store(event, now)
+                self._stores.finish(event, now)
             case StoreBroken():
-                self._break_store(event, now)
+                self._stores.lose(event, now)
             case MoveResponded():
-                if move := self._moves.get(event.move):
+                if move := waitlist.moves.get(event.move):
                     move.pacs.last_heard = now
             case MoveFinished():
-                self._finish_move(event, now)
+                self._recovery.finish(event, now)
             case Asked():
-                self._admit(event)
+                self._admit(event, now)
+            case Throttled():
+                self._throttle(event, now)
             case Withdrawn():
-                self._withdraw(event.request)
+                self._withdraw(event.request, now)
             case QueryAsked():
-                self._pacs[event.pacs].waiting_queries.append(event.query)
+                pacs = waitlist.pacs[event.pacs]
+                pacs.waiting_queries.append(event.query)
+                waitlist.touch(pacs)
             case QueryFinished():
                 self._finish_query(event, now)
             case SyntaxesRefused():
-                for move in (*self._moves.values(), *self._settling):
+                for move in (*waitlist.moves.values(), *self._recovery.settling):
                     if event.pacs in (move.pacs.name, None):
                         move.refused.update(event.refused)
+            case ClockRead():
+                self._set_clocks(event, now)
             case Woke():
-                self._wake = None
-        while self._timers and self._timers[0][0] <= now:
-            heapq.heappop(self._timers)[2](now)
-        for pacs in self._pacs.values():
-            if pacs.queue or pacs.waiting_queries:
-                self._dispatch(pacs, now)
-        if self._timers and (self._wake is None or self._timers[0][0] < self._wake):
-            self._wake = self._timers[0][0]
-            self._out.append(WakeAt(self._wake))
-        out, self._out = self._out, []
+                waitlist.woke()
+        waitlist.run_timers(now)
+        while waitlist.touched:
+            pacs, _ = waitlist.touched.popitem()
+            self._dispatch(pacs, now)
+        waitlist.set_alarm()
+        out, waitlist.out = waitlist.out, []
         return out
-
-    def _at(self, time: float, action: Callable[[float], None]) -> None:
-        heapq.heappush(self._timers, (time, next(self._numbers), action))
 
     # --- requests -------------------------------------------------------------------------------------------------
 
-    def _admit(self, event: Asked) -> None:
-        wanted = sum(len(series.wants) for series in event.fetches)
-        refusal: RegistryError | None = None
-        if len(self._fetches) + wanted > self._max_waiting:
-            refusal = RepositoryBusy(f"{len(self._fetches)} instances are waiting already, {self._max_waiting} may")
-        elif event.room < self._min_room:
-            refusal = RepositoryOutOfResources(f"the spool has {event.room} bytes left")
+    def _admit(self, event: Asked, now: float) -> None:
+        waitlist = self._waitlist
+        refusal = self._refusal(event)
         if refusal is not None:
-            for want in (want for series in event.fetches for want in series.wants):
-                self._out.append(FailInstance(event.request, want, refusal.at(want.sop_instance_uid), 0))
+            self._refuse(event, event.fetches, refusal)
             return
-        mine = self._by_request.setdefault(event.request, {})
+        request = waitlist.admit(event)
+        studies: dict[tuple[str, str], list[Batch]] = {}
         for series in event.fetches:
-            new: deque[Fetch] = deque()
+            refusal = self._refusal_of(waitlist.pacs[series.pacs], event.priority, now)
+            queued: list[Fetch] = []
+            refused: list[SeriesFetch] = []
             for want in series.wants:
-                fetch = self._fetches.get((*_series_key(series), want.sop_instance_uid, event.accept))
+                fetch = waitlist.find(series, want.sop_instance_uid, event.accept)
                 if fetch is None:
-                    fetch = self._open(series, want.sop_instance_uid, event.accept)
-                    new.append(fetch)
+                    if refusal is not None:
+                        refused.append(series.only([want]))
+                        continue
+                    fetch = waitlist.open(series, want.sop_instance_uid, event.accept)
+                    fetch.enter(Stage.QUEUED)
                 fetch.verify = fetch.verify and series.verify
-                fetch.waiters.setdefault(event.request, []).append(want)
-                mine[fetch] = None
+                if request not in fetch.waiters and fetch.stage is Stage.QUEUED:
+                    queued.append(fetch)
+                waitlist.join(fetch, request, want)
                 if fetch.arriving:
-                    self._out.append(BeginInstance(event.request, want))
-            if new:
-                count = series.count if series.whole else None
-                self._pacs[series.pacs].enqueue(Batch(next(self._numbers), event.accept, new, count))
+                    waitlist.out.append(BeginInstance(event.request, want))
+            if refusal is not None:
+                self._refuse(event, refused, refusal)
+            if queued:
+                batch = Batch(request, deque(queued), series.count if series.whole else None)
+                if series.whole and series.study_count is not None:
+                    studies.setdefault((series.pacs, series.study_instance_uid), []).append(batch)
+                self._queue(batch, now)
+        sizes = {(each.pacs, each.study_instance_uid): each.study_count for each in event.fetches}
+        for key, batches in studies.items():
+            if sum(len(each.fetches) for each in batches) == sizes[key]:
+                for batch in batches:
+                    batch.study = batches
 
-    def _open(self, series: SeriesFetch, uid: str, accept: tuple[str, ...]) -> Fetch:
-        fetch = Fetch(*_series_key(series), uid, accept, series.verify, series.sop_classes.get(uid))
-        self._fetches[fetch.key] = fetch
-        self._by_uid.setdefault(uid, []).append(fetch)
-        return fetch
+    def _queue(self, batch: Batch, now: float) -> None:
+        pacs = batch.fetches[0].pacs
+        pacs.queue.push(batch, now)
+        self._waitlist.touch(pacs)
+        if not pacs.is_waiting_to_close and (left := pacs.hours.closes_in(now)) is not None:
+            pacs.is_waiting_to_close = True
+            self._waitlist.at(now + left, lambda time: self._close_hours(pacs, time))
 
-    def _close(self, fetch: Fetch) -> None:
-        fetch.is_open = False
-        del self._fetches[fetch.key]
-        same = self._by_uid[fetch.uid]
-        same.remove(fetch)
-        if not same:
-            del self._by_uid[fetch.uid]
-        if fetch.move is not None:
-            fetch.move.fetches.pop(fetch, None)
+    def _refusal(self, event: Asked) -> RegistryError | None:
+        """Return why a request cannot be taken in; None when it can."""
+        waitlist = self._waitlist
+        new = [
+            (series, want.sop_instance_uid)
+            for series in event.fetches
+            for want in series.wants
+            if waitlist.find(series, want.sop_instance_uid, event.accept) is None
+        ]
+        waiting = len(waitlist.fetches)
+        if waiting + len(new) > self._max_waiting:
+            return RepositoryBusy(f"{waiting} instances are waiting already, {self._max_waiting} may")
+        if not new:
+            return None
+        needed = sum(waitlist.sizes.estimate(series.pacs, series.sop_classes.get(uid)) for series, uid in new)
+        left = event.room - waitlist.promised
+        if event.room < self._min_room or left < needed:
+            return RepositoryOutOfResources(
+                f"the spool has {event.room} bytes left, {waitlist.promised:.0f} of them are promised, "
+                f"this request would take about {needed:.0f}"
+            )
+        return None
 
-    def _complete(self, fetch: Fetch, store: int) -> None:
-        for request, wants in fetch.waiters.items():
-            self._out += [
-                CompleteInstance(request, want, store, fetch.attempts, fetch.pacs, self._budgets[fetch.pacs].methods[0])
-                for want in wants
-            ]
-        self._close(fetch)
+    def _refusal_of(self, pacs: Pacs, priority: Priority, now: float) -> RegistryError | None:
+        """Return why nothing new is asked of a PACS; None when it is."""
+        if why := pacs.why_closed(0, now):
+            return RepositoryBusy(f"{pacs.name}: {why}")
+        opens_in = pacs.hours.opens_in(now)
+        if opens_in and priority is Priority.ROUTINE:
+            return _outside_hours(pacs, opens_in)
+        return None
 
-    def _fail(self, fetch: Fetch, error: RegistryError) -> None:
-        for request, wants in fetch.waiters.items():
-            self._out += [FailInstance(request, w, error.at(w.sop_instance_uid), fetch.attempts) for w in wants]
-        self._close(fetch)
+    def _refuse(self, event: Asked, fetches: tuple[SeriesFetch, ...] | list[SeriesFetch], error: RegistryError) -> None:
+        for want in (want for series in fetches for want in series.wants):
+            self._waitlist.out.append(FailInstance(event.request, want, error.at(want.sop_instance_uid), 0))
 
-    def _fail_absent(self, fetch: Fetch) -> None:
-        """It is not where it was asked for; all who wait asked for it there."""
-        wants = next(iter(fetch.waiters.values()), None)
-        if wants is None:
-            self._close(fetch)
-        else:
-            self._fail(fetch, not_there(wants[0]))
+    def _throttle(self, event: Throttled, now: float) -> None:
+        request = self._waitlist.requests.get(event.request)
+        if request is None or request.is_throttled is event.is_throttled:
+            return
+        request.is_throttled = event.is_throttled
+        for fetch in request.fetches:
+            if fetch.move is not None:
+                fetch.move.last_progress = now
+        if not event.is_throttled:
+            for pacs in dict.fromkeys(fetch.pacs for fetch in request.fetches):
+                pacs.queue.unpark(request.id, now)
+                self._waitlist.touch(pacs)
 
-    def _withdraw(self, request: int) -> None:
+    def _withdraw(self, number: int, now: float) -> None:
+        request = self._waitlist.requests.pop(number, None)
+        if request is None:
+            return
+        request.is_open = False
         left: dict[Move, None] = {}
-        for fetch in self._by_request.pop(request, {}):
+        for pacs in dict.fromkeys(fetch.pacs for fetch in request.fetches):
+            pacs.queue.unpark(request.id, now)
+            self._waitlist.touch(pacs)
+        for fetch in tuple(request.fetches):
             fetch.waiters.pop(request, None)
-            if fetch.is_open and not fetch.waiters:
+            if not fetch.waiters:
                 if fetch.move is not None and fetch.stage is Stage.MOVING:
                     left[fetch.move] = None
                 else:
-                    self._close(fetch)
+                    self._waitlist.close(fetch)
+        request.fetches.clear()
         for move in left:
             # A move that others wait for brings this instance too: who asks for it again joins, and no second move is
             # made for it meanwhile.
             if not any(fetch.waiters for fetch in move.fetches):
                 for fetch in tuple(move.fetches):
-                    self._close(fetch)
-                self._cancel(move, "nobody waits for it any more")
+                    self._waitlist.close(fetch)
+                self._recovery.cancel(move, "nobody waits for it any more")
 
-    # --- moves ----------------------------------------------------------------------------------------------------
+    # --- hours ----------------------------------------------------------------------------------------------------
+
+    def _set_clocks(self, event: ClockRead, now: float) -> None:
+        for pacs in self._waitlist.pacs.values():
+            pacs.hours.set_clock(event.seconds_of_day, now)
+            self._waitlist.touch(pacs)
+
+    def _close_hours(self, pacs: Pacs, now: float) -> None:
+        """The time of a PACS is over: what can wait waits for the next, what cannot is told."""
+        pacs.is_waiting_to_close = False
+        opens_in = pacs.hours.opens_in(now)
+        if not opens_in:
+            return
+        for fetch in tuple(pacs.waiting()):
+            if all(request.priority is Priority.ROUTINE for request in fetch.waiters):
+                self._waitlist.fail(fetch, _outside_hours(pacs, opens_in))
+        self._waitlist.at(now + opens_in, lambda time: self._waitlist.touch(pacs))
+
+    # --- moves and queries ----------------------------------------------------------------------------------------
 
     def _dispatch(self, pacs: Pacs, now: float) -> None:
         while pacs.has_slot and now >= pacs.pause_until:
             if pacs.waiting_queries:
                 self._start_query(pacs, pacs.waiting_queries.popleft())
                 continue
-            batch = pacs.next_batch()
-            if batch is None:
+            ready_at = pacs.bucket.ready_at(now)
+            if ready_at > now:
+                self._waitlist.at(ready_at, lambda time: self._waitlist.touch(pacs))
                 return
-            if pacs.moves and batch.accept != pacs.accept:
-                return  # its turn comes when these have ended; nothing behind it overtakes it
+            batch = pacs.queue.next(now, lambda batch: self._fits(pacs, batch, now))
+            if batch is None:
+                self._recovery.give_up_waiting(pacs, now)
+                return
             self._start_move(pacs, batch, now)
 
     def _start_query(self, pacs: Pacs, query: int) -> None:
-        checked = self._checks.get(query)
+        checked = self._recovery.checks.get(query)
         if checked is None:
-            self._out.append(StartQuery(query))
+            self._waitlist.out.append(StartQuery(query))
         elif any(fetch.is_open for fetch in checked):
-            self._out.append(CheckSeries(query, pacs.name, checked[0].study, checked[0].series))
+            self._waitlist.out.append(CheckSeries(query, pacs.name, checked[0].study, checked[0].series))
         else:
-            del self._checks[query]  # withdrawn meanwhile
+            del self._recovery.checks[query]  # withdrawn meanwhile
             return
         pacs.queries.add(query)
 
-    def _start_move(self, pacs: Pacs, batch: Batch, now: float) -> None:
-        level: Level = "SERIES"
-        fetches = batch.take_whole()
-        if not fetches:
-            level = "IMAGE"
-            limit = self._budgets[pacs.name].uid_list_limit
-            fetches = batch.take(1 if batch.is_single or pacs.lists_fail else limit)
-        pacs.accept = batch.accept
-        move = Move(
-            next(self._numbers), pacs, level, batch.accept, batch.order, dict.fromkeys(fetches), len(fetches), now
-        )
-        pacs.moves.add(move)
-        self._moves[move.id] = move
-        for fetch in fetches:
-            fetch.stage, fetch.move = Stage.MOVING, move
-            fetch.started = fetch.started if fetch.attempts else now
-            fetch.attempts += 1
-        self._out.append(
-            StartMove(
-                move.id,
-                pacs.name,
-                self._budgets[pacs.name].methods[0],
-                level,
-                fetches[0].study,
-                fetches[0].series,
-                tuple(fetch.uid for fetch in fetches),
-                batch.accept,
-                {fetch.uid: fetch.sop_class for fetch in fetches if fetch.sop_class},
-            )
-        )
-        self._at(now + self._stall_timeout, lambda time: self._watch(move, time))
-
-    def _cancel(self, move: Move, reason: str) -> None:
-        if move.id in self._moves and not move.is_cancelled:
-            move.is_cancelled = True
-            self._out.append(CancelMove(move.id, reason))
-
-    def _watch(self, move: Move, now: float) -> None:
-        """Give a move up when nothing that is wanted has come for too long."""
-        if move.id not in self._moves or move.is_cancelled:
-            return
-        due = move.last_progress + self._stall_timeout
-        if now < due:
-            self._at(due, lambda time: self._watch(move, time))
-            return
-        pacs = move.pacs
-        error = _as_registry_error(PeerTimeout(pacs.name, f"no wanted byte came for {self._stall_timeout:g} s"))
-        stalled = tuple(move.fetches)
-        for fetch in stalled:
-            self._fail(fetch, error)
-        self._cancel(move, error.context)
-        if stalled and pacs.last_heard <= move.last_progress:
-            self._give_up(pacs, error)
-
-    def _give_up(self, pacs: Pacs, error: RegistryError) -> None:
-        """Fail what waits for a PACS that was not heard of while one of its moves used up its patience.
-
-        Without this a long queue would take one time-out after the other.
-        """
-        for fetch in tuple(self._fetches.values()):
-            if fetch.pacs == pacs.name and fetch.stage is Stage.QUEUED:
-                self._fail(fetch, error)
-
-    def _finish_move(self, event: MoveFinished, now: float) -> None:
-        move = self._moves.pop(event.move)
-        pacs = move.pacs
-        pacs.moves.discard(move)
-        for fetch in tuple(move.fetches):
-            if not fetch.waiters:
-                self._close(fetch)
-        if move.no_room:
-            # A PACS mostly gives the rest of a move up after a C-STORE that was refused. Asking again would only fill
-            # the spool again; who asked may come back later.
-            for fetch in tuple(move.fetches):
-                if not fetch.arriving:
-                    self._fail(fetch, RepositoryOutOfResources(move.no_room))
-        fetches = list(move.fetches)
-        if event.error is not None:
-            self._finish_in_error(move, fetches, event.error, now)
-            return
-        comment = f" ({event.comment})" if event.comment else ""
-        how = "without a final response" if event.status is None else f"with status 0x{event.status:04X}"
-        error = RepositoryError(f"{pacs.name}: C-MOVE ended {how}{comment} and the instance did not come")
-        if event.status is not None:
-            pacs.last_heard = now
-            is_out_of_resources = event.status & 0xFF00 == _OUT_OF_RESOURCES and move.arrived == 0
-            if is_out_of_resources and not any(self._syntax_error(fetch, is_last_word=True) for fetch in fetches):
-                # Nothing came and it has no room: as much a "not now" as a rejected association.
-                self._finish_in_error(move, fetches, PeerBusy(pacs.name, error.context), now)
-                return
-            if not move.is_cancelled:
-                pacs.widen()
-        if not fetches:
-            return
-        is_empty = event.status == 0 and not event.completed and move.level == "IMAGE" and move.listed > 1
-        named = set(event.failed_uids)
-        at_once = []
-        for fetch in fetches:
-            fetch.reason = error
-            fetch.stage = Stage.SETTLING
-            if fetch.uid in named and not fetch.arriving:
-                at_once.append(fetch)
-        if at_once:
-            self._miss(at_once, now)
-        if len(at_once) < len(fetches):
-            self._settling[move] = None
-            self._at(now + self._grace, lambda time: self._settle(move, is_empty, time))
-
-    def _finish_in_error(self, move: Move, fetches: list[Fetch], error: PeerError, now: float) -> None:
-        pacs = move.pacs
-        reason = _as_registry_error(error)
-        for fetch in fetches:
-            fetch.reason = reason
-        if isinstance(error, PeerBusy):
-            if pacs.pause(now, lambda times: self._spread(self._backoff * 2 ** (times - 1))):
-                self._at(pacs.pause_until, lambda time: None)  # dispatch follows every step
-            again = []
-            for fetch in fetches:
-                fetch.attempts -= 1
-                fetch.busy += 1
-                if fetch.busy > self._busy_attempts:
-                    self._fail(fetch, reason)
-                else:
-                    again.append(fetch)
-            self._requeue(again, move.order, move.accept, 0.0, now)
-        elif error.retry is Retry.NEVER:
-            self._refuse(move, fetches, reason, now)
-        else:
-            exhausted = self._retry(fetches, now)
-            if exhausted and pacs.last_heard <= min(fetch.started for fetch in exhausted):
-                self._give_up(pacs, reason)
-
-    def _refuse(self, move: Move, fetches: list[Fetch], reason: RegistryError, now: float) -> None:
-        """A move was refused for good: what it was to bring fails, unless the refusal may be about the list only.
-
-        pynetdicom's qrscp answers a list of UIDs with 0xA801 (move destination unknown), because it matches nothing.
-        """
-        if move.level == "IMAGE" and move.listed > 1 and move.arrived == 0:
-            for fetch in fetches:
-                fetch.one_by_one = True
-            self._retry(fetches, now)
-            return
-        # Some answer 0xA801 when our SCP accepted none of their contexts.
-        errors = [(fetch, self._syntax_error(fetch, is_last_word=True) or reason) for fetch in fetches]
-        for fetch, error in errors:
-            self._fail(fetch, error)
-        if fetches and fetches[0].one_by_one:
-            # One of a list was refused as the list was: so will be the rest of it.
-            series = (fetches[0].pacs, fetches[0].study, fetches[0].series)
-            for fetch in tuple(self._fetches.values()):
-                if fetch.stage is Stage.QUEUED and fetch.one_by_one and fetch.key[:3] == series:
-                    self._fail(fetch, reason)
-
-    def _settle(self, move: Move, is_empty: bool, now: float) -> None:
-        """The grace after a move is over: what has not come and is not coming in just now was missed."""
-        del self._settling[move]
-        late = [fetch for fetch in move.fetches if fetch.stage is Stage.SETTLING]
-        missed = [fetch for fetch in late if not fetch.arriving]
-        for fetch in late:
-            fetch.is_overdue = True
-            fetch.one_by_one = fetch.one_by_one or (is_empty and move.arrived == 0)
-        if missed:
-            self._miss(missed, now)
-
-    def _miss(self, fetches: Iterable[Fetch], now: float) -> None:
-        """Decide about fetches of one series that a move, now ended, did not bring."""
-        again: list[Fetch] = []
-        unproved: list[Fetch] = []
-        for fetch in fetches:
-            fetch.is_overdue = False
-            if (syntax_error := self._syntax_error(fetch)) is not None:
-                self._fail(fetch, syntax_error)
-            elif fetch.sop_class is None and not fetch.is_checked:
-                fetch.stage = Stage.CHECKING
-                unproved.append(fetch)
-            else:
-                again.append(fetch)
-        if unproved:
-            query = -next(self._numbers)
-            self._checks[query] = unproved
-            self._pacs[unproved[0].pacs].waiting_queries.append(query)
-        self._retry(again, now)
-
-    def _syntax_error(self, fetch: Fetch, *, is_last_word: bool = False) -> RegistryError | None:
-        """Return the error of an instance that was not sent because we accept none of its transfer syntaxes.
-
-        A refused context explains a class of which nothing else came: PACSs propose several contexts for a class and
-        do not need them all. Where the class is not known it explains only when it is all that we will ever know.
-        """
-        if fetch.syntax_error is not None:
-            return fetch.syntax_error
-        move = fetch.move
-        if move is None or not move.refused:
-            return None
-        refused = move.refused
-        if fetch.sop_class:
-            if fetch.sop_class not in refused or fetch.sop_class in move.sop_classes:
-                return None
-            proposed = refused[fetch.sop_class]
-        elif move.arrived == 0 and (fetch.sop_class is not None or fetch.is_checked or is_last_word):
-            proposed = tuple(dict.fromkeys(uid for syntaxes in refused.values() for uid in syntaxes))
-        else:
-            return None
-        return _no_listed_syntax(proposed)
-
     def _finish_query(self, event: QueryFinished, now: float) -> None:
-        pacs = self._pacs[event.pacs]
+        pacs = self._waitlist.pacs[event.pacs]
         if event.query in pacs.queries:
             pacs.queries.discard(event.query)
         elif event.query in pacs.waiting_queries:
             pacs.waiting_queries.remove(event.query)
-        again = []
-        for fetch in self._checks.pop(event.query, ()):
-            if not fetch.is_open:
-                continue
-            fetch.is_checked = True
-            if event.present is not None:
-                if fetch.uid not in event.present:
-                    self._fail_absent(fetch)
-                    continue
-                fetch.sop_class, fetch.verify = event.present[fetch.uid], False
-            if (syntax_error := self._syntax_error(fetch)) is not None:
-                self._fail(fetch, syntax_error)
-            else:
-                again.append(fetch)
-        self._retry(again, now)
+        self._waitlist.touch(pacs)
+        self._recovery.finish_check(event, now)
 
-    def _retry(self, fetches: list[Fetch], now: float) -> list[Fetch]:
-        """Ask again for fetches of one move, after a pause; fail and return those that have had their chances."""
-        exhausted: list[Fetch] = []
-        again: list[Fetch] = []
+    def _fits(self, pacs: Pacs, batch: Batch, now: float) -> Fit:
+        """Tell whether a batch can become a move beside those that run."""
+        request = batch.request
+        if pacs.hours.opens_in(now) and request.priority is not Priority.EMERGENCY:
+            return Fit.SKIP
+        head = batch.fetches[0]
+        way = pacs.way(head.way, now)
+        if way is None:
+            return Fit.SKIP
+        others = [move for move in pacs.moves if move.accept != request.accept]
+        if pacs.methods[way] != "c-move":
+            # The method negotiates for itself, but two of one study could not be told apart when they arrive.
+            return Fit.SKIP if any(head.study == f.study for move in others for f in move.fetches) else Fit.YES
+        if not any(move.method == "c-move" for move in others):
+            return Fit.YES
+        if pacs.blocked_since is None:
+            pacs.blocked_since = now
+        is_due = request.priority is Priority.EMERGENCY or now - pacs.blocked_since >= self._patience
+        return Fit.WAIT if is_due else Fit.SKIP
+
+    def _start_move(self, pacs: Pacs, batch: Batch, now: float) -> None:
+        level, count = size_of_move(batch)
+        request, head = batch.request, batch.fetches[0]
+        way = pacs.way(head.way, now)
+        assert way is not None
+        if level == "STUDY":
+            fetches = [fetch for each in batch.study or () for fetch in each.take(count)]
+        else:
+            fetches = batch.take(count)
+        number = next(self._waitlist.numbers)
+        accept = request.accept
+        move = Move(number, pacs, way, level, accept, dict.fromkeys(fetches), len(fetches), now, now)
+        pacs.moves[move] = None
+        self._waitlist.moves[number] = move
+        move.breaker.start(number)
+        if move.method == "c-move" and accept != pacs.accept:
+            pacs.accept, pacs.blocked_since = accept, None
         for fetch in fetches:
-            pacs = self._pacs[fetch.pacs]
-            pause = self._spread(self._backoff * 2 ** (fetch.attempts - 1))
-            patience = max(fetch.started, pacs.last_progress) + self._stall_timeout
-            if fetch.attempts >= self._max_attempts or now + pause >= patience:
-                exhausted.append(fetch)
-            else:
-                again.append(fetch)
-                if fetch.one_by_one and fetch.sop_class is not None:
-                    pacs.lists_fail = True  # it exists, and was not found in a list
-        for fetch in exhausted:
-            error = self._syntax_error(fetch, is_last_word=True) or fetch.reason
-            self._fail(fetch, error or RepositoryError("it did not come"))
-        if again:
-            move = again[0].move
-            assert move is not None
-            pause = self._spread(self._backoff * 2 ** (again[0].attempts - 1))
-            self._requeue(again, move.order, move.accept, pause, now)
-        return exhausted
-
-    def _requeue(self, fetches: list[Fetch], order: int, accept: tuple[str, ...], pause: float, now: float) -> None:
-        """Put fetches back into the queue, at their old place, after a pause."""
-        if not fetches:
-            return
-        for fetch in fetches:
-            fetch.stage = Stage.QUEUED
-        is_single = any(fetch.one_by_one for fetch in fetches)
-        batch = Batch(order, accept, deque(fetches), None, is_single)
-        pacs = self._pacs[fetches[0].pacs]
-        self._at(now + pause, lambda time: pacs.enqueue(batch))
-
-    def _spread(self, pause: float) -> float:
-        return min(self._max_backoff, pause) * self._random.uniform(0.5, 1.5)
-
-    # --- stores ---------------------------------------------------------------------------------------------------
-
-    def _wanted_by(self, uid: str, pacs: str | None) -> list[Fetch]:
-        """Return who waits for an instance from this PACS; from any, where its sender is not the one that was asked."""
-        fetches = self._by_uid.get(uid, [])
-        return [fetch for fetch in fetches if fetch.pacs == pacs] or fetches
-
-    def _offer_store(self, event: StoreOffered, now: float) -> None:
-        wanted = [fetch for fetch in self._wanted_by(event.sop_instance_uid, event.pacs) if fetch.waiters]
-        if not wanted:
-            self._out.append(
-                DropStore(event.store) if event.is_spooled else RefuseStore(event.store, "nobody waits for it")
+            fetch.move = move
+            fetch.started = fetch.started if fetch.tries else now
+            fetch.attempts += 1
+            fetch.tries += 1
+            # Some PACSs look at the SOP Instance UID only: a list may bring an instance of another series.
+            fetch.verify = fetch.verify or (level == "IMAGE" and fetch.sop_class is None)
+        pacs.queue.charge(batch, sum(max(1.0, fetch.estimate / _UNIT) for fetch in fetches), now)
+        self._waitlist.out.append(
+            StartMove(
+                number,
+                pacs.name,
+                move.method,
+                level,
+                head.study,
+                "" if level == "STUDY" else head.series,
+                tuple(fetch.uid for fetch in fetches),
+                accept,
+                {fetch.uid: fetch.sop_class for fetch in fetches if fetch.sop_class},
             )
-            return
-        # Who waits with a longer list waits for a move of their own: the PACS may have decoded this one for want of it.
-        negotiated = frozenset(self.accepted_syntaxes(event.pacs) or ())
-        asked = [fetch for fetch in wanted if negotiated.issuperset(fetch.accept)] or wanted
-        fetches = [fetch for fetch in asked if event.transfer_syntax_uid in fetch.accept]
-        if not fetches:
-            for fetch in asked:
-                fetch.syntax_error = _no_listed_syntax((event.transfer_syntax_uid,))
-            self._out.append(RefuseStore(event.store, f"transfer syntax {event.transfer_syntax_uid} is not wanted"))
-            return
-        claims = {(fetch.study, fetch.series) for fetch in wanted}
-        verify = len(claims) > 1 or any(fetch.verify for fetch in fetches)
-        store = Store(
-            event.pacs, event.sop_class_uid, event.sop_instance_uid, event.transfer_syntax_uid, fetches, negotiated
         )
-        self._stores[event.store] = store
-        self._out.append(AcceptStore(event.store, verify))
-        for fetch in fetches:
-            if fetch.arriving == 0:
-                for request, wants in fetch.waiters.items():
-                    self._out += [BeginInstance(request, want) for want in wants]
-            fetch.arriving += 1
-        self._note_progress(store, now)
-
-    def _note_progress(self, store: Store, now: float) -> None:
-        for fetch in store.fetches:
-            if fetch.is_open:
-                pacs = self._pacs[fetch.pacs]
-                pacs.last_progress = pacs.last_heard = now
-                if fetch.move is not None:
-                    fetch.move.last_progress = now
-
-    def _finish_store(self, event: InstanceArrived, now: float) -> None:
-        store = self._stores.pop(event.store)
-        self._note_progress(store, now)
-        read = (event.study_instance_uid, event.series_instance_uid)
-        claims = {read} if any(read) else {(fetch.study, fetch.series) for fetch in store.fetches}
-        for fetch in tuple(self._wanted_by(store.uid, store.pacs)):
-            if (fetch.study, fetch.series) in claims:
-                # Also for those who asked meanwhile.
-                is_asked = fetch in store.fetches or store.negotiated.issuperset(fetch.accept)
-                if is_asked and store.syntax in fetch.accept:
-                    if fetch.move is not None:
-                        fetch.move.arrived += 1
-                        fetch.move.sop_classes.add(store.sop_class)
-                    self._complete(fetch, event.store)
-            elif any(read):
-                self._fail_absent(fetch)
-
-    def _break_store(self, event: StoreBroken, now: float) -> None:
-        store = self._stores.pop(event.store)
-        overdue: list[Fetch] = []
-        for fetch in store.fetches:
-            if not fetch.is_open:
-                continue
-            fetch.arriving -= 1
-            if event.no_room:
-                if fetch.move is not None:
-                    fetch.move.no_room = event.reason
-                self._fail(fetch, RepositoryOutOfResources(event.reason))
-            elif fetch.arriving == 0:
-                for request, wants in fetch.waiters.items():
-                    self._out += [LoseInstance(request, want) for want in wants]
-                if fetch.is_overdue:
-                    overdue.append(fetch)
-        for fetch in overdue:
-            self._miss([fetch], now)
+        self._waitlist.at(now + self._stall_timeout, lambda time: self._recovery.watch(move, time))
 
 
-def _series_key(series: SeriesFetch) -> tuple[str, str, str]:
-    return series.pacs, series.study_instance_uid, series.series_instance_uid
-
-
-def _as_registry_error(error: PeerError) -> RegistryError:
-    return error.registry_error(str(error))
-
-
-def _no_listed_syntax(proposed: tuple[str, ...]) -> RegistryError:
-    return RepositoryError(
-        f"no listed transfer syntax: the imaging source offers it in {', '.join(proposed)}, "
-        "which TransferSyntaxUIDList does not name"
+def _new_pacs(name: str, budget: Budget, ageing: float, threshold: int) -> Pacs:
+    return Pacs(
+        name,
+        budget,
+        FairQueue(ageing=ageing),
+        OpeningHours(budget.hours),
+        TokenBucket(budget.bytes_per_second),
+        tuple(Breaker(threshold) for _ in budget.methods),
+        budget.associations,
     )
+
+
+def _outside_hours(pacs: Pacs, opens_in: float) -> RegistryError:
+    hours = ", ".join(pacs.budget.hours)
+    return RepositoryBusy(f"{pacs.name} is asked at {hours} only: again in {opens_in / 60:.0f} min")
