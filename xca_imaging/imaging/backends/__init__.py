@@ -106,6 +106,7 @@ def make_backends(
     connect_timeout, stall_timeout : float
         Seconds for a connection to stand, and for one that does not move.
     """
+    from xca_imaging.imaging.backends.cget import CGet
     from xca_imaging.imaging.backends.cmove import CMove
     from xca_imaging.imaging.backends.pool import Associations
 
@@ -117,4 +118,11 @@ def make_backends(
         receiver=receiver,
         connect_timeout=connect_timeout,
     )
-    return {"c-move": CMove(associations, ae_title=ae_title, listener=listener)}
+    made: dict[Method, Backend] = {}
+    for method in dict.fromkeys((pacs.retrieve, *pacs.fallback)):
+        match method:
+            case "c-move":
+                made[method] = CMove(associations, ae_title=ae_title, listener=listener)
+            case "c-get":
+                made[method] = CGet(associations)
+    return made
