@@ -60,7 +60,9 @@ class State:
     by_uuid: Mapping[str, Known]
     by_unique_id: Mapping[str, Sequence[Known]]
     patient_known: bool
-    """Whether the submission's patient is known by feed; asked for only with `Policy.strict_patients`."""
+    """Whether the submission's patient is known by feed."""
+    merged_into: str = ""
+    """The surviving id, when the submission's patient id has been given up for another."""
 
 
 def check(submission: Submission, state: State, policy: Policy) -> Iterator[RegistryError]:
@@ -97,6 +99,8 @@ def _check_patients(submission: Submission, state: State, policy: Policy) -> Ite
     authority = assigning_authority(patient_id)
     if policy.assigning_authorities and authority not in policy.assigning_authorities:
         yield errors.UnknownPatientId(f"this registry takes no patient ids of the assigning authority {authority!r}")
+    elif state.merged_into:
+        yield errors.UnknownPatientId(f"patient id {patient_id} has been merged into {state.merged_into}")
     elif policy.strict_patients and not state.patient_known:
         yield errors.UnknownPatientId(f"patient id {patient_id} is not known to this registry")
 
@@ -113,6 +117,16 @@ def _check_unique_ids(submission: Submission, state: State) -> Iterator[Registry
                     f"uniqueId {document.unique_id} of {describe(document)} is that of a {known.kind}"
                 )
                 break
+            on_demand = document.object_type == uids.ON_DEMAND_DOCUMENT
+            if on_demand or known.on_demand:
+                # Several on-demand entries may share a uniqueId, never with a stable one (TF-2 3.61.4.1.3).
+                if on_demand != known.on_demand:
+                    other = "an on-demand" if known.on_demand else "a stable"
+                    yield errors.DuplicateUniqueIdInRegistry(
+                        f"uniqueId {document.unique_id} of {describe(document)} is that of {other} document"
+                    )
+                    break
+                continue
             # Both are reported with the uniqueId as codeContext (TF-3 Table 4.2.4.1-2).
             same_hash = known.hash.lower() == document.hash.lower()
             if not same_hash:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Connection, bindparam, exists, insert, select, update
+from sqlalchemy import Connection, bindparam, insert, select, update
 
 from xca_imaging import errors, uids
 from xca_imaging.errors import RegistryError, SubmissionRefused
@@ -78,11 +78,11 @@ def apply(connection: Connection, submission: Submission, policy: Policy, now: d
     errors.SubmissionRefused
         With every rule of `rules.check` that it breaks. Nothing has been written.
     """
-    state = _load_state(connection, submission, policy)
+    state = load_state(connection, submission)
     if problems := tuple(rules.check(submission, state, policy)):
         raise SubmissionRefused(problems)
-    entry_uuids = _assign_uuids(submission)
-    submission = _complete(submission, entry_uuids, policy, now)
+    entry_uuids = assign_uuids(submission)
+    submission = complete(submission, entry_uuids, policy, now)
     replacements = [
         (state.by_uuid[association.target], association.source)
         for association in submission.associations
@@ -90,7 +90,7 @@ def apply(connection: Connection, submission: Submission, policy: Policy, now: d
     ]
     copies, copied_into = _copy_folder_memberships(connection, submission, replacements, policy)
     submission = replace(submission, associations=submission.associations + copies)
-    _deprecate(connection, {known.id for known, _ in replacements})
+    deprecate(connection, {known.id for known, _ in replacements})
     filled = {
         known.id
         for association in submission.associations
@@ -98,15 +98,17 @@ def apply(connection: Connection, submission: Submission, policy: Policy, now: d
         and (known := state.by_uuid.get(association.source)) is not None
         and known.kind == Kind.FOLDER
     }
-    _touch_folders(connection, filled | set(copied_into.values()), now)
-    _insert(connection, submission, {known.entry_uuid: known.id for known in state.by_uuid.values()} | copied_into)
+    touch_folders(connection, filled | set(copied_into.values()), now)
+    insert_objects(
+        connection, submission, {known.entry_uuid: known.id for known in state.by_uuid.values()} | copied_into
+    )
     return Registered(entry_uuids)
 
 
 # --- What the registry sets itself ------------------------------------------------------------------------------------
 
 
-def _assign_uuids(submission: Submission) -> dict[str, str]:
+def assign_uuids(submission: Submission) -> dict[str, str]:
     """Return the UUID of each id in the message; one that is a UUID already is kept for ever."""
     return {
         item.entry_uuid: item.entry_uuid if item.entry_uuid.startswith(uids.UUID_PREFIX) else _new_uuid()
@@ -118,7 +120,7 @@ def _new_uuid() -> str:
     return uids.UUID_PREFIX + str(uuid.uuid4())
 
 
-def _complete(submission: Submission, entry_uuids: Mapping[str, str], policy: Policy, now: datetime) -> Submission:
+def complete(submission: Submission, entry_uuids: Mapping[str, str], policy: Policy, now: datetime) -> Submission:
     """Return the submission with UUIDs for symbolic ids and with the attributes that are the registry's to set."""
 
     def owned(item: Any) -> Any:
@@ -147,7 +149,7 @@ def _complete(submission: Submission, entry_uuids: Mapping[str, str], policy: Po
 # --- What is registered already ---------------------------------------------------------------------------------------
 
 
-def _load_state(connection: Connection, submission: Submission, policy: Policy) -> State:
+def load_state(connection: Connection, submission: Submission) -> State:
     named = {item.entry_uuid for item in submission}
     named |= {end for association in submission.associations for end in (association.source, association.target)}
     owners: list[SubmissionSet | DocumentEntry | Folder] = [
@@ -156,20 +158,21 @@ def _load_state(connection: Connection, submission: Submission, policy: Policy) 
         *submission.folders,
     ]
     by_unique_id: dict[str, list[Known]] = defaultdict(list)
-    for known in _load_known(connection, ObjectRow.unique_id, {owner.unique_id for owner in owners}):
+    for known in load_known(connection, ObjectRow.unique_id, {owner.unique_id for owner in owners}):
         by_unique_id[known.unique_id].append(known)
-    patient_known = False
-    if policy.strict_patients:
-        patient_id = submission.submission_sets[0].patient_id
-        patient_known = connection.scalar(select(exists().where(PatientRow.patient_id == patient_id))) is True
+    patient_id = submission.submission_sets[0].patient_id
+    patient = connection.execute(
+        select(PatientRow.merged_into).where(PatientRow.patient_id == patient_id)
+    ).one_or_none()
     return State(
-        by_uuid={known.entry_uuid: known for known in _load_known(connection, ObjectRow.entry_uuid, named)},
+        by_uuid={known.entry_uuid: known for known in load_known(connection, ObjectRow.entry_uuid, named)},
         by_unique_id=by_unique_id,
-        patient_known=patient_known,
+        patient_known=patient is not None,
+        merged_into=(patient.merged_into or "") if patient else "",
     )
 
 
-def _load_known(connection: Connection, column: Any, values: Iterable[str]) -> Iterator[Known]:
+def load_known(connection: Connection, column: Any, values: Iterable[str]) -> Iterator[Known]:
     statement = select(
         ObjectRow.id,
         ObjectRow.kind,
@@ -232,13 +235,13 @@ def _copy_folder_memberships(
             if (entry_uuid, replacement) in members:
                 continue
             members.add((entry_uuid, replacement))
-            membership = _new_association(entry_uuid, replacement, policy)
-            copies += [membership, _new_association(submission_set.entry_uuid, membership.entry_uuid, policy)]
+            membership = new_association(entry_uuid, replacement, policy)
+            copies += [membership, new_association(submission_set.entry_uuid, membership.entry_uuid, policy)]
             copied_into[entry_uuid] = row.id
     return tuple(copies), copied_into
 
 
-def _new_association(source: str, target: str, policy: Policy) -> Association:
+def new_association(source: str, target: str, policy: Policy) -> Association:
     entry_uuid = _new_uuid()
     return Association(
         entry_uuid=entry_uuid,
@@ -251,17 +254,17 @@ def _new_association(source: str, target: str, policy: Policy) -> Association:
     )
 
 
-def _deprecate(connection: Connection, replaced: set[int]) -> None:
+def deprecate(connection: Connection, replaced: set[int]) -> None:
     """Deprecate DocumentEntries with their transformations and addenda (TF-2 3.42.4.1.3.5)."""
     statement = select(AssociationRow.source_id).where(AssociationRow.type.in_((uids.XFRM, uids.APND)))
     outdated = set(replaced)
     for chunk in chunks(sorted(replaced)):
         outdated.update(connection.scalars(statement.where(AssociationRow.target_id.in_(chunk))))
-    _rewrite(connection, outdated, {"status": Status.DEPRECATED}, availability_status=uids.DEPRECATED)
+    rewrite(connection, outdated, {"status": Status.DEPRECATED}, availability_status=uids.DEPRECATED)
 
 
-def _touch_folders(connection: Connection, folders: set[int], now: datetime) -> None:
-    _rewrite(connection, folders, {}, last_update_time=tables.dtm(now))
+def touch_folders(connection: Connection, folders: set[int], now: datetime) -> None:
+    rewrite(connection, folders, {}, last_update_time=tables.dtm(now))
     if folders:
         connection.execute(
             update(FolderRow).where(FolderRow.id == bindparam("folder")),
@@ -269,7 +272,7 @@ def _touch_folders(connection: Connection, folders: set[int], now: datetime) -> 
         )
 
 
-def _rewrite(connection: Connection, ids: set[int], columns: Mapping[str, Any], **attributes: Any) -> None:
+def rewrite(connection: Connection, ids: set[int], columns: Mapping[str, Any], **attributes: Any) -> None:
     """Change attributes of registered objects, in their XML as in their columns."""
     rows = []
     for chunk in chunks(sorted(ids)):
@@ -283,8 +286,18 @@ def _rewrite(connection: Connection, ids: set[int], columns: Mapping[str, Any], 
 # --- New objects ------------------------------------------------------------------------------------------------------
 
 
-def _insert(connection: Connection, submission: Submission, ids: dict[str, int]) -> None:
-    """Insert all objects; `ids` are the row numbers of registered objects that associations point to."""
+def insert_objects(
+    connection: Connection, submission: Submission, ids: dict[str, int], versions: Mapping[str, int] | None = None
+) -> None:
+    """Insert all objects.
+
+    Parameters
+    ----------
+    ids : dict of str to int
+        Row numbers of registered objects that associations point to, by entryUUID.
+    versions : mapping of str to int, optional
+        By entryUUID, of the objects that are not a first version.
+    """
     patient_id = submission.submission_sets[0].patient_id
     returned = connection.execute(
         insert(ObjectRow).returning(ObjectRow.id, ObjectRow.entry_uuid),
@@ -297,7 +310,7 @@ def _insert(connection: Connection, submission: Submission, ids: dict[str, int])
                 "status": Status.APPROVED,
                 "xml": xml.serialize(ebrim.encode_object(item)),
                 "logical_id": item.logical_id,
-                "version": 1,
+                "version": (versions or {}).get(item.entry_uuid, 1),
             }
             for item in submission
         ],
