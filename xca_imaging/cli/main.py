@@ -23,6 +23,7 @@ _VERBS = {
     "echo": "say whether every PACS and community can be reached, and how long certificates are valid",
     "publish": "publish studies of the PACSs: C-FIND, KOS manifest, RAD-68",
     "query": "list a patient's imaging documents, of this node's registry or of another community",
+    "drift": "say where the registry and the PACSs disagree about studies",
     "retrieve": "fetch manifests and retrieve every image they name, checked, with a receipt",
 }
 

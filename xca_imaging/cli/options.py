@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Coroutine
+from datetime import date, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,3 +38,11 @@ def uid(text: str) -> str:
     if not is_uid(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a UID")
     return text
+
+
+def day(text: str) -> date:
+    """Check a date."""
+    try:
+        return datetime.strptime(text.replace("-", ""), "%Y%m%d").date()
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write 2026-01-31") from None

@@ -8,21 +8,27 @@ import logging
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
-from datetime import date, datetime
 
 from rich.console import Console
 from rich.table import Table
 
 from xca_imaging import settings as settings_module
-from xca_imaging.cli.options import add_config, patient_identifier, run_loop, uid
+from xca_imaging.cli.options import add_config, day, patient_identifier, run_loop, uid
 from xca_imaging.errors import ConfigurationError, PeerError
 from xca_imaging.gateway import listeners
 from xca_imaging.gateway.peers import Endpoint, SoapClient
 from xca_imaging.gateway.publications import Publications
-from xca_imaging.gateway.publishing import Published, Publisher, Repository, Selection, publish, publishers_of
+from xca_imaging.gateway.publishing import (
+    Published,
+    Publisher,
+    Repository,
+    Selection,
+    identifier_of,
+    publish,
+    publishers_of,
+)
 from xca_imaging.gateway.repositories import RepositoryElsewhere, RetrievedObjects, SoapRepository
 from xca_imaging.gateway.watching import Follower, Watch
-from xca_imaging.metadata.model import Identifier
 from xca_imaging.operations.metrics import Metrics
 from xca_imaging.security import tls
 from xca_imaging.settings import Settings
@@ -35,7 +41,7 @@ def configure(sub: argparse.ArgumentParser) -> None:
     what = sub.add_mutually_exclusive_group(required=True)
     what.add_argument("--study", type=uid, metavar="UID", help="publish, replace or withdraw what is registered of it")
     what.add_argument("--patient", metavar="ID", help="all studies with this Patient ID (0010,0020)")
-    what.add_argument("--since", type=_date, metavar="DATE", help="all studies from this day on: 2026-01-31")
+    what.add_argument("--since", type=day, metavar="DATE", help="all studies from this day on: 2026-01-31")
     what.add_argument("--watch", action="store_true", help="follow the PACSs until SIGTERM or SIGINT")
     sub.add_argument(
         "--as",
@@ -139,10 +145,6 @@ async def publishers(
     """
     if not settings.pacs:
         raise ConfigurationError(str(settings.file), "pacs", "there is none", "add [[pacs]]")
-    identifier = None
-    if patient_id:
-        number, _, authority = patient_id.partition("^^^")
-        identifier = Identifier(number, authority.split("&")[1])
     base, timeout = listeners.base_url(settings), settings.limits.stall_timeout
 
     def own(service: str) -> Endpoint:
@@ -163,7 +165,7 @@ async def publishers(
                 objects=objects,
                 memory=memory,
                 tls=dicom_tls,
-                patient_id=identifier,
+                patient_id=identifier_of(patient_id) if patient_id else None,
             )
             yield found, memory
 
@@ -171,10 +173,3 @@ async def publishers(
 def _print(published: Published) -> None:
     words = [published.outcome, published.study_instance_uid, published.document_unique_id or "-", published.reason]
     print(*filter(None, words), flush=True)
-
-
-def _date(text: str) -> date:
-    try:
-        return datetime.strptime(text.replace("-", ""), "%Y%m%d").date()
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a date: write 2026-01-31") from None

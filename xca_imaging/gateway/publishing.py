@@ -201,11 +201,8 @@ class Prepared:
     def entry(self) -> DocumentEntry:
         return self.submission.documents[0]
 
-    @property
-    def is_unchanged(self) -> bool:
-        if not self.registered:
-            return False
-        entry, manifest = self.registered[0]
+    def is_same(self, entry: DocumentEntry, manifest: Manifest) -> bool:
+        """Tell whether a registered manifest says the same, in itself and in its metadata."""
         return manifest.same_content(self.manifest) and same_description(entry, self.entry)
 
 
@@ -290,16 +287,22 @@ class Publisher:
                 return await self._withdraw(study_instance_uid, "all its instances are rejected", self._owner(contents))
             if not contents.number_of_instances:
                 return await self._withdraw(study_instance_uid, "it has no instances", self._owner(contents))
-            prepared = await self._prepare(contents, rejected)
+            registered = await self._registered(study_instance_uid, self._owner(contents))
+            prepared = await self._prepare(contents, rejected, registered)
             return await self._register(prepared, contents)
 
     async def prepare(self, study_instance_uid: str) -> Prepared | None:
-        """Return a study as it would be registered now, beside what is registered; None where nothing is left of it."""
+        """Return a study as it would be registered for the first time now; None where nothing is left of it.
+
+        Raises
+        ------
+        NotPublished, ManifestError, PeerError, RegistryError
+        """
         contents = await self.run(self.finder.read_study, study_instance_uid)
         rejected = await self._rejected(contents)
         if not contents.without(rejected).number_of_instances:
             return None
-        return await self._prepare(contents, rejected)
+        return await self._prepare(contents, rejected, ())
 
     async def run(self, work: Callable[[*Arguments], Result], *arguments: *Arguments) -> Result:
         """Do what blocks in a thread."""
@@ -307,9 +310,13 @@ class Publisher:
 
     # --- one study ----------------------------------------------------------------------------------------------------
 
-    async def _prepare(self, contents: StudyContents, rejected: frozenset[str]) -> Prepared:
+    async def _prepare(
+        self,
+        contents: StudyContents,
+        rejected: frozenset[str],
+        registered: Sequence[tuple[DocumentEntry, Manifest]],
+    ) -> Prepared:
         contents = contents.without(rejected)
-        study_instance_uid = contents.facts.study_instance_uid
         patient = contents.facts.patient
         registered_as = self._owner(contents)
         # An id without a known domain is in the domain of its PACS, of which we know one OID.
@@ -317,7 +324,6 @@ class Publisher:
         source_patient_id = Identifier(escape(patient.id), source_authority) if patient.id else registered_as
         now = self.now()
         content, manifest = await self.run(self._build, contents, now)
-        ours = await self._registered(study_instance_uid, registered_as)
         submission = describe(
             manifest,
             content,
@@ -327,7 +333,7 @@ class Publisher:
             source_patient_id=source_patient_id,
             source_id=self.source_id,
             # A document is replaced by one of the same patient; what went out under another is deprecated.
-            replaces=ours[0][0].entry_uuid if ours and ours[0][0].patient_id == str(registered_as) else "",
+            replaces=next((each.entry_uuid for each, _ in registered if each.patient_id == str(registered_as)), ""),
             now=now,
             uid_factory=self.uid_factory,
             uuid_factory=self.uuid_factory,
@@ -337,7 +343,7 @@ class Publisher:
             content=content,
             manifest=manifest,
             submission=submission,
-            registered=ours,
+            registered=registered,
             rejected=len(rejected),
         )
 
@@ -352,7 +358,7 @@ class Publisher:
             older = ", ".join(each.unique_id for each in same_patient[1:])
             reasons.append(f"older manifests of the same images stay registered: {older}")
         outcome: Outcome
-        if same_patient and prepared.is_unchanged:
+        if same_patient and prepared.is_same(*prepared.registered[0]):
             outcome, entry = "unchanged", same_patient[0]
         else:
             response = await self.repository.provide_and_register(
@@ -535,6 +541,12 @@ def publishers_of(
         )
         for pacs in settings.pacs
     ]
+
+
+def identifier_of(patient_id: str) -> Identifier:
+    """Return the parts of a patient identifier in its form as CX."""
+    number, _, authority = patient_id.partition("^^^")
+    return Identifier(number, authority.split("&")[1])
 
 
 def is_ours(manifest: Manifest, pacs: Pacs) -> bool:

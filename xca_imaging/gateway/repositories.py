@@ -50,10 +50,24 @@ PLAIN_SYNTAXES = (uids.EXPLICIT_VR_LITTLE_ENDIAN, uids.IMPLICIT_VR_LITTLE_ENDIAN
 
 
 class NodeRepository:
-    """The registry and repository of this node, called without a message in between."""
+    """The registry and repository of this node, called without a message in between.
 
-    def __init__(self, registry: Registry, repository: Repository | None, executor: Executor) -> None:
-        self._registry, self._repository, self._executor = registry, repository, executor
+    Parameters
+    ----------
+    update : callable
+        Does what ITI-57 does.
+    executor : Executor
+        For database and files.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        repository: Repository | None,
+        update: Callable[[Submission], Registered],
+        executor: Executor,
+    ) -> None:
+        self._registry, self._repository, self._update, self._executor = registry, repository, update, executor
 
     async def stored_query(self, query: StoredQuery) -> QueryResponse:
         def find() -> tuple[DocumentEntry, ...]:
@@ -88,7 +102,7 @@ class NodeRepository:
         return await self._submit(lambda: repository.provide(submission, contents))
 
     async def update(self, submission: Submission) -> RegistryResponse:
-        return await self._submit(lambda: self._registry.update(submission))
+        return await self._submit(lambda: self._update(submission))
 
     async def _submit(self, work: Callable[[], Registered]) -> RegistryResponse:
         try:
