@@ -476,6 +476,11 @@ def _cross_checks(settings: Settings) -> list[ConfigurationError]:
             wrong(f"pacs[{index}].fallback", f"{methods} names one twice", "leave out what retrieve names already")
         if "wado-rs" in pacs.fallback and not pacs.wado_rs:
             wrong(f"pacs[{index}].wado_rs", "is empty and fallback names wado-rs", "give the base URL of its WADO-RS")
+    publish = settings.publish
+    if publish.watch and not (settings.repository.unique_id or publish.repository):
+        wrong("publish.watch", "there is no repository to publish to", "set repository.unique_id or publish.repository")
+    if publish.interval < 1:
+        wrong("publish.interval", "is less than a second", "a PACS has other things to do: write for example 60s")
     found.extend(_not_yet(settings))
     return found
 
@@ -485,7 +490,6 @@ def _not_yet(settings: Settings) -> list[ConfigurationError]:
     asked = {
         "repository.persist_on_demand": settings.repository.persist_on_demand,
         "registry.strict_patients": settings.registry.strict_patients,
-        "publish.watch": settings.publish.watch,
         "imaging_source": bool(settings.imaging_source),
         "xua.mode": settings.xua.mode != "off",
         "xua.issue": settings.xua.issue != XuaIssue(),

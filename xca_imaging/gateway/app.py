@@ -11,6 +11,7 @@ import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from xml.sax.saxutils import escape
@@ -24,12 +25,16 @@ from xca_imaging.gateway.callers import Callers
 from xca_imaging.gateway.documents import DocumentActors
 from xca_imaging.gateway.exchange import Exchange, Operation
 from xca_imaging.gateway.imaging_source import ImagingDocumentSource
+from xca_imaging.gateway.repositories import NodeRepository
 from xca_imaging.gateway.responding import RespondingGateway
+from xca_imaging.gateway.watching import watching
 from xca_imaging.imaging.spool import Spool
 from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.imaging.transfer import Transfers
 from xca_imaging.operations.metrics import Metrics
+from xca_imaging.registry.administration import Administration
 from xca_imaging.registry.document_registry import Registry
+from xca_imaging.registry.events import Requester
 from xca_imaging.registry.provide import Repository
 from xca_imaging.security import tls
 from xca_imaging.settings import Settings
@@ -132,6 +137,15 @@ class Node:
         application = self._application(Exchange(spool, limits, metrics, callers), services, metrics, registry, spool)
         await self._listen(application, https, resources)
         resources.push_async_callback(self._drain, transfers)
+        own = NodeRepository(
+            registry, repository, partial(Administration(registry).update, requester=Requester("publishing")), executor
+        )
+        https_client = tls.client_context(settings, settings.http.tls, "http.tls")
+        await resources.enter_async_context(
+            watching(
+                settings, own=own, transfers=transfers, metrics=metrics, dicom_tls=dicom_client, https=https_client
+            )
+        )
         listeners.write(settings, self.http_address, self.dicom_address)
         resources.callback(listeners.remove, settings)
 

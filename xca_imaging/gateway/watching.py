@@ -17,20 +17,27 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import ssl
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 from xca_imaging.errors import ConnectFailed, ManifestError, NotificationError, PeerError, PeerTimeout
+from xca_imaging.gateway.peers import Endpoint, SoapClient
 from xca_imaging.gateway.publications import Publications, StudyRecord
-from xca_imaging.gateway.publishing import Published, Publisher, Selection
+from xca_imaging.gateway.publishing import Published, Publisher, Repository, Selection, publishers_of
+from xca_imaging.gateway.repositories import RepositoryElsewhere, TransferredObjects
 from xca_imaging.imaging.availability import Availability, read_notification
 from xca_imaging.imaging.study import NO_NUMBERS, StudyFacts, series_signature, study_signature
+from xca_imaging.imaging.transfer import Transfers
 from xca_imaging.operations.metrics import Metrics
+from xca_imaging.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -347,6 +354,62 @@ class Watch:
             gone,
         )
         return _SUCCESS
+
+
+@asynccontextmanager
+async def watching(
+    settings: Settings,
+    *,
+    own: Repository,
+    transfers: Transfers,
+    metrics: Metrics,
+    dicom_tls: ssl.SSLContext | None,
+    https: ssl.SSLContext | None,
+) -> AsyncIterator[None]:
+    """Follow the PACSs of a node while it serves: by notifications, and with `publish.watch` by sweeps.
+
+    Parameters
+    ----------
+    own : Repository
+        The registry and repository of the node.
+    https : ssl.SSLContext, optional
+        For `publish.repository`.
+    """
+    async with AsyncExitStack() as resources:
+        memory = Publications(settings.data_dir)
+        resources.callback(memory.close)
+        repository, url = own, settings.publish.repository
+        if url:
+            client = await resources.enter_async_context(SoapClient(tls=https))
+            repository = RepositoryElsewhere(client, Endpoint(url, url, settings.limits.stall_timeout), own, memory)
+        # One C-FIND for each PACS at a time, and room for what is built and read beside it.
+        executor = ThreadPoolExecutor(len(settings.pacs) + 2, thread_name_prefix="publishing")
+        resources.callback(executor.shutdown, wait=False, cancel_futures=True)
+        publishers = publishers_of(
+            settings,
+            repository=repository,
+            objects=TransferredObjects(transfers),
+            memory=memory,
+            tls=dicom_tls,
+            executor=executor,
+        )
+        watch = Watch(
+            Follower(publisher, memory, metrics, days=settings.publish.days, interval=settings.publish.interval)
+            for publisher in publishers
+        )
+        metrics.watch(
+            "notified_studies",
+            "Notified studies that are not looked at yet",
+            lambda: sum(follower.waiting for follower in watch.followers.values()),
+        )
+        transfers.on_availability = watch.notify
+        following = asyncio.create_task(watch.run(is_sweeping=settings.publish.watch))
+        try:
+            yield
+        finally:
+            transfers.on_availability = None
+            following.cancel()
+            await asyncio.wait((following,))
 
 
 def windows(first: date, last: date) -> Iterator[tuple[date, date]]:
