@@ -150,7 +150,7 @@ async def test_unwanted_instance_is_refused_and_second_copy_taken(tmp_path: Path
     async with bench(tmp_path, archive, "unwanted_uid") as b:
         assert (await b.fetch(wants)).status == uids.STATUS_SUCCESS
         assert [status for _, status in b.pacs.sent] == [0x0124, 0x0000]
-    async with bench(tmp_path, archive, "same_uid_twice") as b:
+    async with bench(tmp_path / "other", archive, "same_uid_twice") as b:
         assert (await b.fetch(wants)).status == uids.STATUS_SUCCESS
         assert [status for _, status in b.pacs.sent] == [0x0000, 0x0000]
         assert b.spool.find(wants[0].sop_instance_uid).size == b.spool.used_bytes

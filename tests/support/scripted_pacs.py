@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partialmethod
 from io import BytesIO
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ from pynetdicom.dimse_messages import C_STORE_RQ
 from pynetdicom.dimse_primitives import C_MOVE, C_STORE
 from pynetdicom.dsutils import encode
 from pynetdicom.presentation import build_context
-from pynetdicom.transport import AssociationSocket
+from pynetdicom.transport import AssociationSocket, ThreadedAssociationServer
 
 from xca_imaging import settings, uids
 from xca_imaging.imaging.ledger import Want
@@ -45,6 +46,8 @@ def _shutdown_socket(self: AssociationSocket) -> None:
 
 
 AssociationSocket._shutdown_socket = _shutdown_socket
+# How often a server looks whether it is to stop: socketserver's half a second would be most of the time of a test.
+ThreadedAssociationServer.serve_forever = partialmethod(ThreadedAssociationServer.serve_forever, poll_interval=0.02)
 
 
 @dataclass(slots=True)

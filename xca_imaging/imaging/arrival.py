@@ -68,6 +68,11 @@ class Arrival:
         self._untold = 0
         self._is_over = False
 
+    @property
+    def is_to_be_verified(self) -> bool:
+        """True when only its header will tell where it belongs."""
+        return self._verify is not None
+
     def progress(self, size: int) -> None:
         """Learn that bytes have come."""
         self._untold += size
@@ -106,16 +111,16 @@ class Arrival:
 class SpoolingArrival(Arrival):
     """An arrival whose bytes are written here."""
 
-    # Mutable state: the writer, from `open` on.
-    __slots__ = ("_writer",)
+    # Mutable state: the writer, from `open` on; None where there was no room for its file.
+    __slots__ = ("writer",)
 
-    _writer: SpoolWriter | None
+    writer: SpoolWriter | None
 
     def open(self, spool: Spool, request: StoreRequest) -> Incoming | int:
         """Begin its file; return itself, or the DIMSE status when there is no room."""
-        self._writer = None
+        self.writer = None
         try:
-            self._writer = spool.create(
+            self.writer = spool.create(
                 sop_class_uid=request.sop_class_uid,
                 sop_instance_uid=request.sop_instance_uid,
                 transfer_syntax_uid=request.transfer_syntax_uid,
@@ -128,9 +133,9 @@ class SpoolingArrival(Arrival):
 
     def write(self, data: memoryview) -> None:
         """Append to the file."""
-        assert self._writer is not None
+        assert self.writer is not None
         try:
-            self._writer.write(data)
+            self.writer.write(data)
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
             raise
@@ -138,9 +143,9 @@ class SpoolingArrival(Arrival):
 
     def commit(self) -> int:
         """Own it."""
-        assert self._writer is not None
+        assert self.writer is not None
         try:
-            instance = self._writer.commit()
+            instance = self.writer.commit()
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
             return OUT_OF_RESOURCES
@@ -148,6 +153,6 @@ class SpoolingArrival(Arrival):
 
     def discard(self, reason: str, no_room: bool = False) -> None:
         """Leave nothing of it behind."""
-        if not self._is_over and self._writer is not None:
-            self._writer.discard()
+        if not self._is_over and self.writer is not None:
+            self.writer.discard()
         super().discard(reason, no_room)

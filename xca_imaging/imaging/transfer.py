@@ -1,8 +1,8 @@
-"""Transfers: the I/O shell around the scheduler, and what requests hold of it.
+"""Transfers: the I/O shell around the scheduler.
 
-Everything here runs on the event loop, but for back ends and C-FIND, which block and run in threads; they come back by
-`call_soon_threadsafe`. An event goes to `Scheduler.step`, each decision that comes out is performed at once. Arriving
-objects go from the Storage SCP to the spool through `begin`.
+Everything here runs on the event loop, but for C-FIND and a look into arrived objects, which block and run in threads.
+An event goes to `Scheduler.step`, each decision that comes out is performed at once. Arriving objects go from the
+Storage SCP, or from a back end that fetches itself, to the spool through `begin` and `offer`.
 
 References
 ----------
@@ -15,35 +15,35 @@ import asyncio
 import itertools
 import logging
 import random
-import socket
 import ssl
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from xca_imaging import settings
-from xca_imaging.errors import (
-    LocalProtocolError,
-    PeerError,
-    PeerRefused,
-    RegistryError,
-    RepositoryBusy,
-    RepositoryError,
-)
+from xca_imaging.errors import PeerError, PeerRefused, RegistryError, RepositoryBusy, RepositoryError
 from xca_imaging.imaging import decisions as d
 from xca_imaging.imaging.arrival import Arrival, Dropped, SpoolingArrival
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult, make_backends
 from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.backpressure import Backpressure
 from xca_imaging.imaging.budget import Budget
 from xca_imaging.imaging.facts import Facts, SeriesFinder
-from xca_imaging.imaging.ledger import Ledger, State, Want
+from xca_imaging.imaging.holdings import Arrived, Begun, Brought, Failed, Transfer
+from xca_imaging.imaging.identity import Identities
+from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.part10 import Part10Error, identify
-from xca_imaging.imaging.plan import FetchPlan, build
-from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
+from xca_imaging.imaging.plan import FetchPlan, SeriesFetch, build
+from xca_imaging.imaging.receiver import Incoming, PeerAssociation, Receiving, StoreRequest
 from xca_imaging.imaging.scheduler import Scheduler
-from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
+from xca_imaging.imaging.spool import Spool, SpooledInstance
+from xca_imaging.imaging.stock import Stock
+from xca_imaging.imaging.transcode import target_of, with_sources
+
+__all__ = ["Arrived", "Begun", "Failed", "Transfer", "Transfers"]
 
 _log = logging.getLogger(__name__)
 
@@ -52,106 +52,19 @@ A = TypeVar("A", bound=Arrival)
 
 _SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 Annex C.5.6
 _NOT_AUTHORISED = 0x0124  # PS3.7 Annex C.5.13: what nobody asked for is not taken
+_CLOCK_EVERY = 3600.0  # s between two looks at the wall clock, which jumps when summer time begins and ends
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """A wanted instance is held."""
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A transfer, and how the scheduler knows it: one number for each list of transfer syntaxes that PACSs get."""
 
-    want: Want
-    instance: SpooledInstance
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """A wanted instance has begun to arrive, and can be read along: in streaming transfers only.
-
-    It may break off, and begin another time; what is transcoded before it is held is not told of.
-    """
-
-    want: Want
-    arriving: SpoolWriter
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """A wanted instance will not come."""
-
-    want: Want
-    error: RegistryError
-
-
-class Transfer:
-    """What one request has of its instances, for as long as its context is open."""
-
-    # Mutable state: the ledger, held instances, the log of what happened, whether the plan is proved, and an event for
-    # each who waits for more.
-
-    def __init__(self, wants: Iterable[Want], accept: tuple[str, ...]) -> None:
-        self.ledger = Ledger(wants)
-        self.accept = accept
-        self._held: dict[Want, SpooledInstance] = {}
-        self._log: list[Arrived | Failed] = []
-        self._changed = asyncio.Event()
-        self._planned: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-
-    async def planned(self) -> bool:
-        """Return when it is known what is fetched: True when C-FIND or the spool has proved that all of it exists.
-
-        What cannot be fetched has failed in the ledger by then.
-        """
-        return await asyncio.shield(self._planned)
-
-    async def wait(self) -> None:
-        """Return when every wanted instance is held or has failed."""
-        async for _ in self.events():
-            pass
-
-    async def events(self) -> AsyncIterator[Arrived | Failed]:
-        """Give what has happened and what happens, one event for each want, until the ledger is complete."""
-        given = 0
-        while True:
-            while given < len(self._log):
-                yield self._log[given]
-                given += 1
-            if self.ledger.complete:
-                return
-            self._changed.clear()
-            await self._changed.wait()
-
-    def held(self, want: Want) -> SpooledInstance:
-        """Return an instance that is held; its file stays until the context of the transfer is left."""
-        try:
-            return self._held[want]
-        except KeyError:
-            raise LocalProtocolError(f"instance {want.sop_instance_uid} is not held") from None
-
-    def _hold(self, want: Want, instance: SpooledInstance, attempts: int) -> None:
-        instance.hold()
-        self._held[want] = instance
-        self.ledger.hold(want, size=instance.size, transfer_syntax_uid=instance.transfer_syntax_uid, attempts=attempts)
-        self._log.append(Arrived(want, instance))
-        self._changed.set()
-
-    def _fail(self, want: Want, error: RegistryError, attempts: int = 0) -> None:
-        self.ledger.fail(want, error, attempts=attempts)
-        self._log.append(Failed(want, error))
-        self._changed.set()
-
-    def _plan(self, *, is_proved: bool) -> None:
-        if not self._planned.done():
-            self._planned.set_result(is_proved)
-
-    def _fail_open(self, error: RegistryError) -> None:
-        self._plan(is_proved=False)
-        for entry in self.ledger:
-            if entry.state in (State.MISSING, State.ARRIVING):
-                self._fail(entry.want, error.at(entry.want.sop_instance_uid))
-
-    def _release(self) -> None:
-        for instance in self._held.values():
-            instance.release()
-        self._held.clear()
+    transfer: Transfer
+    asker: str
+    priority: d.Priority
+    weight: float
+    numbers: list[int] = field(default_factory=list)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
 
 class Transfers:
@@ -173,22 +86,28 @@ class Transfers:
         See `Scheduler`.
     close_timeout : float
         Longest wait for moves to end after `close` has cancelled them: C-CANCEL, then A-ABORT two seconds later.
-    memory_of_series : int
-        Instances of which study and series are remembered, so that held ones serve without asking the PACS again.
-        200 bytes each.
+    slow_backlog : int
+        Bytes that a streaming consumer may leave untaken while the spool is high; more is slow. A few images: who
+        takes them as they come has one or two.
 
     Attributes
     ----------
     listener : tuple of str and int
         Host and port of our Storage SCP, set before `start`; for texts that say what to configure on a PACS.
+    receiving : Receiving, optional
+        Our Storage SCP, set before `start`: where associations are paused.
     on_availability : callable, optional
         Takes an Instance Availability Notification: name of the PACS that sent it (None: cannot be told), data set and
         its transfer syntax; returns the DIMSE status.
+    stock : Stock
+        What the spool has, and what transcodes it.
+    backpressure : Backpressure
+        What stands still for slow consumers; from `start` on.
     """
 
-    # Mutable state: the scheduler; transfers, stores, moves (their cancellation) and queries (their slot) by number;
-    # `_series_of`: where held instances belong and which transfer syntaxes were accepted when they came, by SOP
-    # Instance UID, oldest first; `_peers`: which PACS an association comes from; `_tasks`: what runs in the background.
+    # Mutable state: the scheduler; requests that are open, and by number; stores, moves and queries (their slot) by
+    # number; `_answer` and `_begun`: what the scheduler said of the store that is being offered; `_tasks`: what runs in
+    # the background; the timer that `WakeAt` asked for.
 
     def __init__(
         self,
@@ -203,42 +122,44 @@ class Transfers:
         grace: float = 1.0,
         backoff: float = 0.5,
         close_timeout: float = 5.0,
-        memory_of_series: int = 100_000,
+        slow_backlog: int = 8 << 20,
         seed: int | None = None,
     ) -> None:
         self.listener: tuple[str, int] = ("127.0.0.1", 11112)
+        self.receiving: Receiving | None = None
         self.on_availability: Callable[[str | None, bytes, str], int] | None = None
         self._settings = {each.name: each for each in pacs}
         self._routes = {each.retrieve_location_uid: each.name for each in pacs}
         self._ae_title, self._spool, self._tls = ae_title, spool, tls
         self._stall_timeout, self._close_timeout = stall_timeout, close_timeout
-        self._memory_of_series = memory_of_series
+        self._slow_backlog = slow_backlog
         # Three attempts to connect fit into one stall_timeout, so that a PACS that is gone is told within it.
         self._connect_timeout = min(10.0, stall_timeout / 4)
         # Progress is told to the scheduler at most so often: a step for each fragment would cost more than the write.
         self._note_every = min(1.0, stall_timeout / 8)
         self._make_backends, self._make_finder = make_backends or self._all_backends, make_finder or self._cfind
         self._scheduler = Scheduler(
-            {each.name: Budget(each.max_associations) for each in pacs},
+            {each.name: _budget_of(each) for each in pacs},
             stall_timeout=stall_timeout,
             randomness=random.Random(seed),  # noqa: S311 - spreads retries
             grace=grace,
             backoff=backoff,
         )
-        # Each PACS's associations, and a few for looking into arrived objects.
+        # Each PACS's queries, and a few for looking into arrived objects.
         self._executor = ThreadPoolExecutor(sum(each.max_associations for each in pacs) + 2, "transfer")
         self._backends: dict[str, Mapping[d.Method, Backend]] = {}
         self._facts = Facts(self._routes, self._executor, self._slot)
-        self._hosts: dict[str, set[str]] = {}
+        self._identities = Identities(pacs)
+        self.stock = Stock(spool)
         self._numbers = itertools.count(1)
-        self._transfers: dict[int, Transfer] = {}
+        self._open: dict[Transfer, _Request] = {}
+        self._requests: dict[int, _Request] = {}
         self._stores: dict[int, Arrival] = {}
         self._moves: dict[int, asyncio.Task[MoveResult]] = {}
         self._queries: dict[int, asyncio.Future[None]] = {}
-        self._series_of: dict[str, tuple[tuple[str, str, str], frozenset[str]]] = {}
-        self._peers: dict[int, str | None] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._answer: d.AcceptStore | d.DropStore | d.RefuseStore | None = None
+        self._begun: list[tuple[Transfer, Want]] = []
         self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._closing = False
@@ -271,20 +192,29 @@ class Transfers:
         for name, pacs in self._settings.items():
             self._backends[name] = self._make_backends(pacs)
             self._facts.finders[name] = self._make_finder(pacs)
-            self._hosts[name] = {pacs.host}
-            self._spawn(self._resolve(name, pacs))
+        self.backpressure = Backpressure(
+            self._spool,
+            slow_backlog=self._slow_backlog,
+            soon=self._loop.call_soon,
+            throttle=self._throttle,
+            pause=self._pause,
+            resume=self._resume,
+        )
+        self._spawn(self._identities.resolve())
+        if any(pacs.hours for pacs in self._settings.values()):
+            self._spawn(self._read_clock())
 
     async def close(self, drain: float) -> None:
         """Let running transfers end for at most `drain` seconds, fail the rest, end every move."""
         self._closing = True
         # Taken now: a request that goes away while it is waited for takes its transfer with it, unfinished.
-        transfers = tuple(self._transfers.items())
-        running = [asyncio.ensure_future(each.wait()) for _, each in transfers]
+        requests = tuple(self._open.values())
+        running = [asyncio.ensure_future(each.transfer.wait()) for each in requests]
         if running:
             _, late = await asyncio.wait(running, timeout=drain)
-            for number, transfer in transfers:
-                transfer._fail_open(RepositoryBusy("this imaging source is going down"))
-                self._step(d.Withdrawn(number))
+            for request in requests:
+                self._withdraw(request)
+                request.transfer.fail_open(RepositoryBusy("this imaging source is going down"))
             await asyncio.gather(*late)
         for move in self._moves.values():
             move.cancel()
@@ -292,6 +222,7 @@ class Transfers:
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.stock.transcoders.close()
         if self._moves:
             self._idle.clear()
             try:
@@ -306,13 +237,12 @@ class Transfers:
             self._timer.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)
 
-    async def _resolve(self, name: str, pacs: settings.Pacs) -> None:
-        try:
-            found = await self._loop.getaddrinfo(pacs.host, pacs.port, type=socket.SOCK_STREAM)
-        except OSError as exc:
-            _log.info("%s: host %s cannot be resolved now: %s", name, pacs.host, exc)
-            return
-        self._hosts[name].update(str(address[0]) for *_, address in found)
+    async def _read_clock(self) -> None:
+        """Tell the scheduler the time of day, for PACSs that are asked at some hours only."""
+        while True:
+            now = time.localtime()
+            self._step(d.ClockRead(now.tm_hour * 3600.0 + now.tm_min * 60.0 + now.tm_sec))
+            await asyncio.sleep(_CLOCK_EVERY)
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -323,70 +253,170 @@ class Transfers:
         *,
         accept: Sequence[str],
         asker: str = "local",
+        weight: float = 1.0,
         priority: d.Priority = d.Priority.ROUTINE,
+        is_streaming: bool = False,
     ) -> AsyncIterator[Transfer]:
         """Fetch instances, each in one of the accepted transfer syntaxes.
 
         What arrives is held until the context is left. Leaving it early gives up what nobody else waits for.
+
+        Parameters
+        ----------
+        accept : sequence of str
+            TransferSyntaxUIDList.
+        asker : str
+            The community that asks: PACSs are shared between these, by `weight`.
+        is_streaming : bool
+            The consumer takes instances as they come: it gets `Begun` too, lets go of each by `Transfer.release`, and
+            its associations stand still while it is slow and the spool is high.
         """
-        transfer = Transfer(wants, tuple(dict.fromkeys(accept)))
-        number = next(self._numbers)
-        self._transfers[number] = transfer
-        task = self._spawn(self._prepare(number, transfer, transfer.accept, asker, priority))
+        transfer = Transfer(wants, tuple(dict.fromkeys(accept)), is_streaming=is_streaming)
+        request = _Request(transfer, asker, priority, weight)
+        self._open[transfer] = request
+        self.backpressure.open(transfer)
+        self._add_task(request, self._prepare(request))
         try:
             yield transfer
         finally:
-            task.cancel()
-            del self._transfers[number]
-            self._step(d.Withdrawn(number))
-            transfer._release()
+            self._withdraw(request)
+            self.backpressure.close(transfer)
+            del self._open[transfer]
+            transfer.release_all()
 
-    async def _prepare(
-        self, number: int, transfer: Transfer, accept: tuple[str, ...], asker: str, priority: d.Priority
-    ) -> None:
+    def _withdraw(self, request: _Request) -> None:
+        for task in tuple(request.tasks):
+            task.cancel()
+        for number in request.numbers:
+            del self._requests[number]
+            self._step(d.Withdrawn(number))
+        request.numbers.clear()
+
+    def _add_task(self, request: _Request, work: Coroutine[Any, Any, None]) -> None:
+        task = self._spawn(work)
+        request.tasks.add(task)
+        task.add_done_callback(request.tasks.discard)
+
+    async def _prepare(self, request: _Request) -> None:
+        transfer = request.transfer
+        accept = transfer.accept
         try:
             if self._closing:
                 raise RepositoryBusy("this imaging source is going down")
             wants = [entry.want for entry in transfer.ledger]
-            plan = self._settle_known(transfer, build(wants, accept=accept, routes=self._routes), accept)
+            await self._spool.verify(want.sop_instance_uid for want in wants)
+            plan = self._settle_known(request, build(wants, accept=accept, routes=self._routes))
             if plan.fetches:
                 wants = [want for fetch in plan.fetches for want in fetch.wants]
                 facts = await self._facts.learn(wants, accept)
                 plan = build(wants, accept=accept, routes=self._routes, facts=facts)
-                plan = self._settle_known(transfer, plan, accept)
-            transfer._plan(is_proved=not any(fetch.verify for fetch in plan.fetches))
-            if plan.fetches:
-                room = self._spool.free_bytes
-                self._step(d.Asked(number, plan.fetches, accept, room, asker, priority))
+                plan = self._settle_known(request, plan)
+            transfer.plan(is_proved=not any(fetch.verify for fetch in plan.fetches))
+            self._ask(request, plan.fetches)
         except RegistryError as error:
-            transfer._fail_open(error)
+            transfer.fail_open(error)
         except Exception as exc:
             # Whoever waits for this transfer must not wait for ever because of a defect here.
             _log.exception("a transfer could not be prepared")
-            transfer._fail_open(RepositoryError(f"internal error: {type(exc).__name__}"))
+            transfer.fail_open(RepositoryError(f"internal error: {type(exc).__name__}"))
 
-    def _settle_known(self, transfer: Transfer, plan: FetchPlan, accept: tuple[str, ...]) -> FetchPlan:
+    def _ask(self, request: _Request, fetches: Iterable[SeriesFetch]) -> None:
+        """Hand what is to be fetched to the scheduler, by the transfer syntaxes that its PACS is asked for."""
+        by_syntaxes: dict[tuple[str, ...], list[SeriesFetch]] = {}
+        for fetch in fetches:
+            by_syntaxes.setdefault(self._asked_syntaxes(fetch.pacs, request.transfer.accept), []).append(fetch)
+        for syntaxes, group in by_syntaxes.items():
+            number = next(self._numbers)
+            self._requests[number] = request
+            request.numbers.append(number)
+            room = self._spool.free_bytes
+            self._step(d.Asked(number, tuple(group), syntaxes, room, request.asker, request.priority, request.weight))
+        self.backpressure.judge()
+
+    def _asked_syntaxes(self, pacs: str, accept: tuple[str, ...]) -> tuple[str, ...]:
+        return with_sources(accept) if self._settings[pacs].transcode else accept
+
+    # --- what is there already ------------------------------------------------------------------------------------
+
+    def _settle_known(self, request: _Request, plan: FetchPlan) -> FetchPlan:
         """Enter what is refused, and what the spool holds already, into the ledger; return what is left."""
+        transfer = request.transfer
         for want, error in plan.refused:
-            transfer._fail(want, error)
+            transfer.fail(want, error)
         left = []
         for fetch in plan.fetches:
             missing = []
-            place = (fetch.pacs, fetch.study_instance_uid, fetch.series_instance_uid)
+            asked = self._asked_syntaxes(fetch.pacs, transfer.accept)
             for want in fetch.wants:
-                instance = None
-                known, negotiated = self._series_of.get(want.sop_instance_uid, (None, frozenset()))
-                # A PACS may have decoded it because a shorter list left it no choice; with this list it would send it
-                # as it is stored. Only a list that names nothing more can have nothing better.
-                if known == place and negotiated.issuperset(accept):
-                    instance = self._spool.find(want.sop_instance_uid, accept)
-                if instance is not None:
-                    transfer._hold(want, instance, attempts=0)
-                else:
+                instance = self.stock.find(want, fetch.pacs, transfer.accept)
+                if instance is None and asked != transfer.accept:
+                    instance = self.stock.find(want, fetch.pacs, asked)
+                if instance is None:
                     missing.append(want)
+                else:
+                    self._take(request, want, instance, Brought())
             if missing:
                 left.append(fetch.only(missing))
         return FetchPlan(tuple(left), ())
+
+    def _take(self, request: _Request, want: Want, instance: SpooledInstance, brought: Brought) -> None:
+        """Hold what is in an accepted transfer syntax, have the rest transcoded."""
+        transfer = request.transfer
+        target = target_of(transfer.accept)
+        if target is None or instance.transfer_syntax_uid in transfer.accept:
+            transfer.hold(want, instance, brought)
+        else:
+            instance.hold()  # until it has been transcoded
+            self._add_task(request, self._transcode(transfer, want, instance, target, brought))
+
+    async def _transcode(
+        self, transfer: Transfer, want: Want, instance: SpooledInstance, target: str, brought: Brought
+    ) -> None:
+        failure: RegistryError | None = None
+        try:
+            copy = await self.stock.transcode(instance, target)
+            try:
+                transfer.hold(want, copy, brought)
+            finally:
+                copy.release()
+        except RegistryError as error:
+            failure = error
+        except Exception as exc:
+            _log.exception("an instance could not be transcoded")
+            failure = RepositoryError(f"internal error: {type(exc).__name__}")
+        finally:
+            instance.release()
+        if failure is not None:
+            transfer.fail(want, failure.at(want.sop_instance_uid), brought.attempts)
+
+    def _complete(self, decision: d.CompleteInstance) -> None:
+        request = self._requests.get(decision.request)
+        if request is None:
+            return
+        want, instance = decision.want, self._stores[decision.store].instance
+        assert instance is not None
+        asked = self._asked_syntaxes(decision.pacs, request.transfer.accept)
+        self.stock.enter(instance, want, decision.pacs, asked)
+        self._take(request, want, instance, Brought(decision.attempts, decision.pacs, decision.method))
+
+    # --- backpressure ---------------------------------------------------------------------------------------------
+
+    def _throttle(self, transfer: Transfer, is_slow: bool) -> None:
+        for number in self._open[transfer].numbers:
+            self._step(d.Throttled(number, is_slow))
+
+    def _pause(self, association: PeerAssociation) -> None:
+        for each in self._readers(association):
+            each.pause(association)
+
+    def _resume(self, association: PeerAssociation) -> None:
+        for each in self._readers(association):
+            each.resume(association)
+
+    def _readers(self, association: PeerAssociation) -> Iterable[Receiving]:
+        if association.pacs is not None:
+            return self._backends[association.pacs].values()
+        return () if self.receiving is None else (self.receiving,)
 
     # --- C-FIND ---------------------------------------------------------------------------------------------------
 
@@ -416,21 +446,18 @@ class Transfers:
 
     def _perform(self, decision: d.Decision) -> None:
         match decision:
-            case d.BeginInstance(request, want):
-                if transfer := self._transfers.get(request):
-                    transfer.ledger.begin(want)
-            case d.LoseInstance(request, want):
-                if transfer := self._transfers.get(request):
-                    transfer.ledger.lose(want)
-            case d.CompleteInstance(request, want, store, attempts):
-                if transfer := self._transfers.get(request):
-                    instance = self._stores[store].instance
-                    assert instance is not None
-                    transfer._hold(want, instance, attempts)
-                    self._remember(want, transfer.accept)
-            case d.FailInstance(request, want, error, attempts):
-                if transfer := self._transfers.get(request):
-                    transfer._fail(want, error, attempts)
+            case d.BeginInstance(number, want):
+                if request := self._requests.get(number):
+                    request.transfer.ledger.begin(want)
+                    self._begun.append((request.transfer, want))
+            case d.LoseInstance(number, want):
+                if request := self._requests.get(number):
+                    request.transfer.ledger.lose(want)
+            case d.CompleteInstance():
+                self._complete(decision)
+            case d.FailInstance(number, want, error, attempts):
+                if request := self._requests.get(number):
+                    request.transfer.fail(want, error, attempts)
             case d.AcceptStore() | d.DropStore() | d.RefuseStore():
                 self._answer = decision
             case d.StartMove():
@@ -448,26 +475,20 @@ class Transfers:
                     self._timer.cancel()
                 self._timer = self._loop.call_at(time, self._step, d.Woke())
 
-    def _remember(self, want: Want, accept: tuple[str, ...]) -> None:
-        self._series_of.pop(want.sop_instance_uid, None)
-        place = (self._routes[want.repository_unique_id], want.study_instance_uid, want.series_instance_uid)
-        self._series_of[want.sop_instance_uid] = place, frozenset(accept)
-        if len(self._series_of) > self._memory_of_series:
-            del self._series_of[next(iter(self._series_of))]
-
     def _start_move(self, decision: d.StartMove) -> None:
-        (backend,) = self._backends[decision.pacs].values()
-        is_list = decision.level == "IMAGE"
+        move, backend = decision.move, self._backends[decision.pacs][decision.method]
         job = MoveJob(
             decision.level,
             decision.study_instance_uid,
             decision.series_instance_uid,
-            decision.instances if is_list else (),
+            decision.instances if decision.level == "IMAGE" else (),
+            decision.accept,
+            decision.sop_classes,
         )
-        _log.info(
-            "%s: move %d, %s level, %d instances", decision.pacs, decision.move, job.level, len(decision.instances)
-        )
-        move, said = decision.move, self._loop.time()
+        count = len(decision.instances)
+        _log.info("%s: %s %d, %s level, %d instances", decision.pacs, decision.method, move, job.level, count)
+        self.backpressure.start_move(move, decision.instances)
+        said = self._loop.time()
 
         def on_response(_: MoveResult) -> None:
             nonlocal said
@@ -480,6 +501,7 @@ class Transfers:
 
     def _finish_move(self, move: int, backend: Backend, task: asyncio.Task[MoveResult]) -> None:
         del self._moves[move]
+        self.backpressure.finish_move(move)
         if not self._moves:
             self._idle.set()
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -508,43 +530,60 @@ class Transfers:
 
     def accepted_syntaxes(self, association: PeerAssociation) -> Sequence[str] | None:
         """Return what was asked of this PACS, in the order of the request."""
-        return self._scheduler.accepted_syntaxes(self._identify(association))
+        return self._scheduler.accepted_syntaxes(self._identities.of(association))
 
     def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
         """Remember what could not be negotiated: it explains instances that will not come."""
-        self._step(d.SyntaxesRefused(self._identify(association), refused))
+        self._step(d.SyntaxesRefused(self._identities.of(association), refused))
 
     def association_closed(self, association: PeerAssociation, reason: str) -> None:
         """Forget the peer; what it was sending was discarded before."""
-        self._peers.pop(association.id, None)
+        self._identities.forget(association)
+        self.backpressure.forget(association)
 
     def begin(self, request: StoreRequest) -> Incoming | int:
         """Take an instance that somebody waits for; refuse it (0124H) when nobody does."""
-        arrival = self._accept(request, SpoolingArrival)
-        return arrival.open(self._spool, request) if isinstance(arrival, SpoolingArrival) else arrival
+        arrival, begun = self._accept(request, SpoolingArrival)
+        if not isinstance(arrival, SpoolingArrival):
+            return arrival
+        answer = arrival.open(self._spool, request)
+        if arrival.writer is not None and not arrival.is_to_be_verified:
+            for transfer, want in begun:
+                if request.transfer_syntax_uid in transfer.accept:
+                    transfer.begin(want, arrival.writer)
+        return answer
 
     def offer(self, request: StoreRequest) -> Arrival | Dropped | int:
         """Decide as `begin` does, about an instance whose bytes another process writes."""
-        return self._accept(request, Arrival)
+        return self._accept(request, Arrival)[0]
 
-    def _accept(self, request: StoreRequest, kind: type[A]) -> A | Dropped | int:
+    def _accept(
+        self, request: StoreRequest, kind: type[A]
+    ) -> tuple[A | Dropped | int, Sequence[tuple[Transfer, Want]]]:
+        """Return the arrival, or what is answered instead, and for whom it begins."""
         store = next(self._numbers)
         uid, syntax = request.sop_instance_uid, request.transfer_syntax_uid
         is_spooled = self._spool.find(uid, (syntax,)) is not None
-        pacs = self._identify(request.association)
-        answer = self._offer(d.StoreOffered(store, pacs, request.sop_class_uid, uid, syntax, is_spooled))
-        match answer:
+        pacs = self._identities.of(request.association, request.move_originator_ae_title)
+        self._begun = []
+        match self._offer(d.StoreOffered(store, pacs, request.sop_class_uid, uid, syntax, is_spooled)):
             case d.AcceptStore(verify=verify):
+                self.backpressure.begin_store(request.association, uid)
                 arrival = kind(
                     store, self._take_store, tell_every=self._note_every, verify=self._verify if verify else None
                 )
                 self._stores[store] = arrival
-                return arrival
+                return arrival, self._begun
             case d.DropStore():
-                return Dropped()
+                return Dropped(), ()
             case d.RefuseStore(reason=reason):
                 _log.info("%s sends %s, refused: %s", request.association.calling_ae_title, uid, reason)
-        return _NOT_AUTHORISED
+        return _NOT_AUTHORISED, ()
+
+    def _offer(self, event: d.StoreOffered) -> d.AcceptStore | d.DropStore | d.RefuseStore | None:
+        self._step(event)
+        answer, self._answer = self._answer, None
+        return answer
 
     def create_instance(
         self,
@@ -557,7 +596,7 @@ class Transfers:
         """Hand an Instance Availability Notification on to who listens for them."""
         if self.on_availability is None:
             return _SOP_CLASS_NOT_SUPPORTED
-        return self.on_availability(self._identify(association), dataset, transfer_syntax_uid)
+        return self.on_availability(self._identities.of(association), dataset, transfer_syntax_uid)
 
     def _take_store(self, event: d.BytesArrived | d.InstanceArrived | d.StoreBroken) -> None:
         self._step(event)
@@ -578,22 +617,13 @@ class Transfers:
 
         self._spawn(read())
 
-    def _offer(self, event: d.StoreOffered) -> d.AcceptStore | d.DropStore | d.RefuseStore | None:
-        self._step(event)
-        answer, self._answer = self._answer, None
-        return answer
 
-    def _identify(self, association: PeerAssociation) -> str | None:
-        """Return which PACS calls: by its AE title, its address where that is not enough, None when neither tells.
-
-        A PACS may send under another AE title than the one that it is called by.
-        """
-        if association.pacs is not None:
-            return association.pacs  # we requested it
-        if association.id in self._peers:
-            return self._peers[association.id]
-        titled = [n for n, pacs in self._settings.items() if pacs.ae_title == association.calling_ae_title]
-        if len(titled) != 1:
-            titled = [n for n in titled or self._settings if association.host in self._hosts[n]]
-        name = self._peers[association.id] = titled[0] if len(titled) == 1 else None
-        return name
+def _budget_of(pacs: settings.Pacs) -> Budget:
+    return Budget(
+        pacs.max_associations,
+        tuple(dict.fromkeys((pacs.retrieve, *pacs.fallback))),
+        pacs.uid_list_limit,
+        pacs.level,
+        pacs.bytes_per_second,
+        pacs.hours,
+    )
