@@ -16,8 +16,10 @@ References
 
 from __future__ import annotations
 
+import hashlib
 import uuid
 from collections.abc import Iterator, Mapping
+from itertools import count
 from typing import Any, Literal, cast
 
 from lxml import etree
@@ -479,14 +481,16 @@ def _nested_ids(entry_id: str) -> Iterator[str]:
     A registry that keeps such ids may demand that they are new. Inside a symbolic id they are symbolic too, so that
     it assigns them; a UUID derived from a symbolic id would come back in the next submission.
     """
-    number = 0
-    while True:
-        number += 1
-        name = f"{entry_id}.{number}"
-        if entry_id.startswith(uids.UUID_PREFIX):
-            yield uids.UUID_PREFIX + str(uuid.uuid5(uuid.NAMESPACE_URL, name))
-        else:
-            yield name
+    if not entry_id.startswith(uids.UUID_PREFIX):
+        yield from (f"{entry_id}.{number}" for number in count(1))
+    seed = hashlib.sha1(uuid.NAMESPACE_URL.bytes + entry_id.encode(), usedforsecurity=False)
+    for number in count(1):
+        # UUID version 5 of `entry_id.number`, made by hand: a registration makes a dozen for each object.
+        digest = seed.copy()
+        digest.update(f".{number}".encode())
+        bits = digest.hexdigest()
+        variant = "89ab"[int(bits[16], 16) & 3]
+        yield f"{uids.UUID_PREFIX}{bits[:8]}-{bits[8:12]}-5{bits[13:16]}-{variant}{bits[17:20]}-{bits[20:32]}"
 
 
 def _add_slot(element: etree._Element, name: str, values: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, Insert, bindparam, insert, select, update
 
 from xca_imaging import errors, uids
 from xca_imaging.errors import RegistryError, SubmissionRefused
@@ -59,6 +59,40 @@ _KINDS: Mapping[type[RegistryObject], Kind] = {
     SubmissionSet: Kind.SUBMISSION_SET,
     Folder: Kind.FOLDER,
     Association: Kind.ASSOCIATION,
+}
+
+# Statements of every submission are made once: to make them takes longer than to run them.
+_KNOWN = select(
+    ObjectRow.id,
+    ObjectRow.kind,
+    ObjectRow.entry_uuid,
+    ObjectRow.unique_id,
+    ObjectRow.patient_id,
+    ObjectRow.status,
+    DocumentEntryRow.on_demand,
+    DocumentEntryRow.hash,
+    DocumentEntryRow.size,
+).outerjoin(DocumentEntryRow, DocumentEntryRow.id == ObjectRow.id)
+_KNOWN_BY = {
+    column.key: _KNOWN.where(column.in_(bindparam("values", expanding=True)))
+    for column in (ObjectRow.entry_uuid, ObjectRow.unique_id, ObjectRow.logical_id)
+}
+_PATIENT = select(PatientRow.merged_into).where(PatientRow.patient_id == bindparam("patient_id"))
+_INSERT_OBJECTS = insert(ObjectRow).returning(ObjectRow.id, ObjectRow.entry_uuid)
+_INSERTS: Mapping[type[tables.Base], Insert] = {
+    table: insert(table)
+    for table in (
+        DocumentEntryRow,
+        EventCodeRow,
+        ConfidentialityCodeRow,
+        DocumentAuthorRow,
+        ReferenceIdRow,
+        SubmissionSetRow,
+        SubmissionSetAuthorRow,
+        FolderRow,
+        FolderCodeRow,
+        AssociationRow,
+    )
 }
 
 
@@ -161,9 +195,7 @@ def load_state(connection: Connection, submission: Submission) -> State:
     for known in load_known(connection, ObjectRow.unique_id, {owner.unique_id for owner in owners}):
         by_unique_id[known.unique_id].append(known)
     patient_id = submission.submission_sets[0].patient_id
-    patient = connection.execute(
-        select(PatientRow.merged_into).where(PatientRow.patient_id == patient_id)
-    ).one_or_none()
+    patient = connection.execute(_PATIENT, {"patient_id": patient_id}).one_or_none()
     return State(
         by_uuid={known.entry_uuid: known for known in load_known(connection, ObjectRow.entry_uuid, named)},
         by_unique_id=by_unique_id,
@@ -173,19 +205,8 @@ def load_state(connection: Connection, submission: Submission) -> State:
 
 
 def load_known(connection: Connection, column: Any, values: Iterable[str]) -> Iterator[Known]:
-    statement = select(
-        ObjectRow.id,
-        ObjectRow.kind,
-        ObjectRow.entry_uuid,
-        ObjectRow.unique_id,
-        ObjectRow.patient_id,
-        ObjectRow.status,
-        DocumentEntryRow.on_demand,
-        DocumentEntryRow.hash,
-        DocumentEntryRow.size,
-    ).outerjoin(DocumentEntryRow, DocumentEntryRow.id == ObjectRow.id)
     for chunk in chunks(sorted(values)):
-        for row in connection.execute(statement.where(column.in_(chunk))):
+        for row in connection.execute(_KNOWN_BY[column.key], {"values": chunk}):
             yield Known(
                 id=row.id,
                 kind=row.kind,
@@ -300,7 +321,7 @@ def insert_objects(
     """
     patient_id = submission.submission_sets[0].patient_id
     returned = connection.execute(
-        insert(ObjectRow).returning(ObjectRow.id, ObjectRow.entry_uuid),
+        _INSERT_OBJECTS,
         [
             {
                 "kind": _KINDS[type(item)],
@@ -336,7 +357,7 @@ def insert_objects(
         )
     for table, values in rows.items():
         if values:
-            connection.execute(insert(table), values)
+            connection.execute(_INSERTS[table], values)
 
 
 def _document_rows(
