@@ -123,6 +123,7 @@ async def run(made: Backend, job: MoveJob) -> MoveResult:
 CASES: list[tuple[str, Method]] = [
     ("orthanc", "c-move"),
     ("orthanc", "c-get"),
+    ("orthanc", "wado-rs"),
     ("dcmqrscp", "c-move"),
     ("dcmqrscp", "c-get"),
     ("qrscp", "c-move"),
@@ -142,7 +143,10 @@ async def test_a_study(request: pytest.FixtureRequest, peer: str, method: Method
         classes = {each.uid: each.sop_class for each in study.instances}
         result = await run(made, MoveJob("STUDY", study.uid, accept=ANY, sop_classes=classes))
     assert result.status == 0x0000, result
-    reference = archive.as_sent(study)
+    if method == "wado-rs":  # Orthanc gives the files as they are, and encodes anew what it sends by C-STORE
+        reference = {each.uid: each.dataset_bytes for each in study.instances}
+    else:
+        reference = archive.as_sent(study)
     assert set(collector.held) == set(reference)
     for uid, kept in collector.held.items():
         assert bytes(kept.data) == reference[uid], f"{uid} in {kept.request.transfer_syntax_uid}"

@@ -51,8 +51,9 @@ class Collector:
         status = self.decide(request)
         if status is not None:
             return status
-        self.stores.append(Kept(request))
-        return self.stores[-1]
+        kept = Kept(request)
+        self.stores.append(kept)
+        return kept
 
     def offer(self, request: StoreRequest) -> int:
         raise NotImplementedError("no instance comes from another process here")

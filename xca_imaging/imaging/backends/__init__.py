@@ -90,6 +90,7 @@ def make_backends(
     receiver: Receiver,
     connect_timeout: float,
     stall_timeout: float,
+    https: ssl.SSLContext | None = None,
 ) -> dict[Method, Backend]:
     """Return the back ends that the settings of a PACS name.
 
@@ -99,8 +100,8 @@ def make_backends(
         Ours: calling AE title and move destination.
     listener : tuple of str and int
         Host and port of our Storage SCP, for texts that say what to configure on the PACS.
-    tls : ssl.SSLContext, optional
-        For the connections that we open.
+    tls, https : ssl.SSLContext, optional
+        For the associations that we request; for the requests that we make by HTTP.
     receiver : Receiver
         Takes what a back end fetches itself.
     connect_timeout, stall_timeout : float
@@ -109,6 +110,7 @@ def make_backends(
     from xca_imaging.imaging.backends.cget import CGet
     from xca_imaging.imaging.backends.cmove import CMove
     from xca_imaging.imaging.backends.pool import Associations
+    from xca_imaging.imaging.backends.wadors import WadoRs
 
     associations = Associations(
         pacs,
@@ -125,4 +127,13 @@ def make_backends(
                 made[method] = CMove(associations, ae_title=ae_title, listener=listener)
             case "c-get":
                 made[method] = CGet(associations)
+            case "wado-rs":
+                made[method] = WadoRs(
+                    pacs,
+                    ae_title=ae_title,
+                    receiver=receiver,
+                    tls=https,
+                    connect_timeout=connect_timeout,
+                    stall_timeout=stall_timeout,
+                )
     return made

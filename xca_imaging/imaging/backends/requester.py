@@ -71,8 +71,14 @@ _REJECTIONS = {
 _TRANSIENT = 2  # PS3.8 Table 9-21: result "rejected-transient"
 _PRESENTATION = 3  # PS3.8 Table 9-21: source "service-provider, presentation related": congestion and limits only
 
-# Ids of our associations are negative: those of the Storage SCP, beside which the Receiver sees them, count upwards.
 _ids = itertools.count(-1, -1)
+
+
+def new_association_id() -> int:
+    """Return the id of an association of ours: negative, since those of the Storage SCP, beside which the Receiver sees
+    them, count upwards.
+    """
+    return next(_ids)
 
 
 class AssociationLost(PeerProtocolError):
@@ -266,7 +272,7 @@ class Association(asyncio.BufferedProtocol):
         self._paused_by: set[str] = set()
         self._timer: asyncio.TimerHandle | None = None
         self.peer = PeerAssociation(
-            next(_ids), pacs.ae_title, calling_ae_title, pacs.host, pacs.port, "", "", pacs.name
+            new_association_id(), pacs.ae_title, calling_ae_title, pacs.host, pacs.port, "", "", pacs.name
         )
 
     # --- what back ends do ----------------------------------------------------------------------------------------
