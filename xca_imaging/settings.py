@@ -502,7 +502,6 @@ def _not_yet(settings: Settings) -> list[ConfigurationError]:
     for index, pacs in enumerate(settings.pacs):
         asked[f"pacs[{index}].retrieve"] = pacs.retrieve != "c-move"
         asked[f"pacs[{index}].fallback"] = bool(pacs.fallback)
-        asked[f"pacs[{index}].transcode"] = pacs.transcode
     for index, community in enumerate(settings.community):
         asked[f"community[{index}].patient_discovery"] = bool(community.patient_discovery)
     return [

@@ -120,7 +120,7 @@ class Node:
         await _bind(settings, "dicom", settings.dicom.host, settings.dicom.port, scp.start())
         resources.push_async_callback(scp.close, 0.0)
         self.dicom_address = scp.sockets[0]
-        transfers.listener = self.dicom_address
+        transfers.listener, transfers.receiving = self.dicom_address, scp
         await transfers.start()
 
         documents = DocumentActors(registry, repository, executor)
@@ -133,7 +133,7 @@ class Node:
             "responding-gateway": gateway.operations(),
             "responding-imaging-gateway": gateway.imaging_operations(),
         }
-        _watch(metrics, spool, scp)
+        _watch(metrics, spool, scp, transfers)
         application = self._application(Exchange(spool, limits, metrics, callers), services, metrics, registry, spool)
         await self._listen(application, https, resources)
         resources.push_async_callback(self._drain, transfers)
@@ -304,10 +304,19 @@ def _file_handler(file: Path) -> Handler:
     return schema
 
 
-def _watch(metrics: Metrics, spool: Spool, scp: StoreScp) -> None:
+def _watch(metrics: Metrics, spool: Spool, scp: StoreScp, transfers: Transfers) -> None:
     metrics.watch("spool_used_bytes", "Bytes in the spool", lambda: spool.used_bytes)
     metrics.watch("spool_free_bytes", "Room left in the spool", lambda: spool.free_bytes)
     metrics.watch("dicom_associations", "Inbound associations open", lambda: len(scp.associations))
+    metrics.watch(
+        "dicom_associations_paused",
+        "Associations that are not read because their consumer is slow",
+        lambda: transfers.backpressure.paused,
+    )
+    counts = transfers.stock.transcoders.counts
+    metrics.watch("transcoded", "Instances transcoded since the start", lambda: counts.done)
+    metrics.watch("transcoding_refused", "Instances that could not be transcoded losslessly", lambda: counts.refused)
+    metrics.watch("transcoding_failed", "Instances of which the transcoding failed", lambda: counts.failed)
 
 
 async def _unready(registry: Registry, spool: Spool) -> list[str]:
