@@ -474,8 +474,9 @@ def _cross_checks(settings: Settings) -> list[ConfigurationError]:
         methods = (pacs.retrieve, *pacs.fallback)
         if len(set(methods)) < len(methods):
             wrong(f"pacs[{index}].fallback", f"{methods} names one twice", "leave out what retrieve names already")
-        if "wado-rs" in pacs.fallback and not pacs.wado_rs:
-            wrong(f"pacs[{index}].wado_rs", "is empty and fallback names wado-rs", "give the base URL of its WADO-RS")
+        if "wado-rs" in methods and not pacs.wado_rs:
+            problem = f"is empty and {'retrieve' if methods[0] == 'wado-rs' else 'fallback'} names wado-rs"
+            wrong(f"pacs[{index}].wado_rs", problem, 'give the base URL of its WADO-RS, "https://.../dicom-web"')
     publish = settings.publish
     if publish.watch and not (settings.repository.unique_id or publish.repository):
         wrong("publish.watch", "there is no repository to publish to", "set repository.unique_id or publish.repository")
@@ -488,20 +489,14 @@ def _cross_checks(settings: Settings) -> list[ConfigurationError]:
 def _not_yet(settings: Settings) -> list[ConfigurationError]:
     """Return an error for each value that asks for what this version does not do."""
     asked = {
-        "repository.persist_on_demand": settings.repository.persist_on_demand,
-        "registry.strict_patients": settings.registry.strict_patients,
         "imaging_source": bool(settings.imaging_source),
         "xua.mode": settings.xua.mode != "off",
         "xua.issue": settings.xua.issue != XuaIssue(),
         "policy.rule": bool(settings.policy.rule),
         "policy.consent": bool(settings.policy.consent),
         "audit.syslog": bool(settings.audit.syslog),
-        "hl7.port": bool(settings.hl7.port),
         "dicom.receivers": settings.dicom.receivers != 1,
     }
-    for index, pacs in enumerate(settings.pacs):
-        asked[f"pacs[{index}].retrieve"] = pacs.retrieve != "c-move"
-        asked[f"pacs[{index}].fallback"] = bool(pacs.fallback)
     for index, community in enumerate(settings.community):
         asked[f"community[{index}].patient_discovery"] = bool(community.patient_discovery)
     return [
