@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jsonschema
 import pydicom
 import pytest
 from pydicom.data import get_testdata_file
@@ -13,7 +14,7 @@ from pydicom.data import get_testdata_file
 from xca_imaging import errors, settings, uids
 from xca_imaging.gateway.consumer import Consumer, Found, FoundManifest, Routes
 from xca_imaging.gateway.peers import PartSink
-from xca_imaging.gateway.receipt import ManifestFacts, Receipt
+from xca_imaging.gateway.receipt import TRANSCODED, ManifestFacts, Receipt, reason_of
 from xca_imaging.imaging.manifest import InstanceReference, Manifest, SeriesReference, StudyReference
 from xca_imaging.imaging.study import Patient
 from xca_imaging.metadata.model import Code, DocumentEntry, Submission
@@ -23,6 +24,10 @@ from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest
 from xca_imaging.transactions.registry_response import RegistryResponse, response_to
 from xca_imaging.wire.mtom import Reference
 
+SCHEMA = jsonschema.Draft202012Validator(
+    json.loads((Path(__file__).parents[2] / "docs" / "receipt.schema.json").read_text()),
+    format_checker=jsonschema.FormatChecker(),
+)
 EAST = "urn:oid:1.2.9"
 LOCATION = "1.2.9.3"
 CONFIGURATION = f"""[node]
@@ -103,13 +108,14 @@ async def retrieve(tmp_path: Path, *scripts: Callable[[Gateway], None], accept: 
     )
     consumer = Consumer(gateway, Routes(settings.load(file), lambda: ""))  # type: ignore[arg-type]
     receipt = await consumer.retrieve(
-        [FoundManifest(manifest, ManifestFacts("1.2.9.4", "", "", ""))],
+        [FoundManifest(manifest, ManifestFacts("1.2.9.4", "0" * 64, "", ""))],
         tmp_path / "out",
         accept=(accept or uids.EXPLICIT_VR_LITTLE_ENDIAN,),
     )
     assert not (tmp_path / "out" / ".incoming").exists()
     written = {path.stem for path in (tmp_path / "out").rglob("*.dcm")}
-    assert written == {record.sop_instance_uid for record in receipt.instances if record.state == "held"}
+    assert written == {want.sop_instance_uid for want in receipt.ledger.outcome().held}
+    validate(receipt)
     return receipt, gateway
 
 
@@ -120,7 +126,76 @@ def both(gateway: Gateway) -> None:
 
 
 def reasons(receipt: Receipt) -> dict[str, str]:
-    return {record.sop_instance_uid: record.reason for record in receipt.instances if record.state == "failed"}
+    return {entry.want.sop_instance_uid: reason_of(entry) for entry in receipt.ledger if entry.error is not None}
+
+
+def validate(receipt: Receipt) -> None:
+    """What would be written is what the published schema says, and nothing that it does not know."""
+    content = receipt.as_json()
+    SCHEMA.validate(content)
+    known = SCHEMA.schema["properties"]
+    assert content.keys() <= known.keys()
+    for entry in content["instances"]:
+        assert entry.keys() <= SCHEMA.schema["$defs"]["instance"]["properties"].keys()
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA.schema)
+
+
+GOOD = {
+    "version": 1,
+    "complete": True,
+    "trace_id": "urn:uuid:1",
+    "requested_at": "2026-01-01T00:00:00.000Z",
+    "finished_at": "2026-01-01T00:00:01.000Z",
+    "manifest": {
+        "document_unique_id": "1.2",
+        "sha256": "0" * 64,
+        "home_community_id": "",
+        "repository_unique_id": "1.2",
+    },
+    "instances": [
+        {
+            "study_instance_uid": "1.2.3",
+            "series_instance_uid": "1.2.4",
+            "sop_instance_uid": "1.2.5",
+            "state": "held",
+            "size": 1,
+            "sha256": "0" * 64,
+            "transfer_syntax_uid": "1.2.840.10008.1.2.1",
+            "source": {"home_community_id": "", "repository_unique_id": "1.2"},
+            "bytes_changed": False,
+            "attempts": 1,
+        }
+    ],
+    "unexpected": [],
+}
+
+
+@pytest.mark.parametrize(
+    ("of_receipt", "of_instance"),
+    [
+        ({"complete": False}, {}),
+        ({"instances": []}, {}),
+        ({"finished_at": "yesterday"}, {}),
+        ({"manifest": None}, {}),
+        ({}, {"state": "failed", "reason": "gone"}),  # and complete
+        ({"complete": False}, {"state": "failed"}),
+        ({"complete": False}, {"state": "missing"}),
+        ({}, {"sha256": ""}),
+        ({}, {"size": 0}),
+        ({}, {"reason": "why"}),
+        ({}, {"sop_instance_uid": "x"}),
+        ({}, {"attempts": 0}),
+    ],
+)
+def test_the_schema_sees_a_receipt_that_lies(of_receipt: dict[str, object], of_instance: dict[str, object]) -> None:
+    SCHEMA.validate(GOOD)
+    SCHEMA.validate(GOOD | {"new in a later version": 1})
+    (instance,) = GOOD["instances"]  # type: ignore[misc]
+    with pytest.raises(jsonschema.ValidationError):
+        SCHEMA.validate(GOOD | {"instances": [instance | of_instance]} | of_receipt)  # type: ignore[operator]
 
 
 async def test_all_arrive(tmp_path: Path) -> None:
@@ -164,6 +239,18 @@ async def test_an_error_is_read_wherever_it_names_the_instance(tmp_path: Path, p
     assert reasons(receipt) == {SECOND: f"XDSDocumentUniqueIdError: {context}"}
 
 
+async def test_each_of_several_errors_goes_to_its_instance(tmp_path: Path) -> None:
+    def script(gateway: Gateway) -> None:
+        said = [errors.RepositoryBusy("later", FIRST), errors.DocumentUniqueIdError(f"{SECOND}: gone", EAST)]
+        gateway.answer([], response_to(said))
+
+    receipt, _ = await retrieve(tmp_path, script)
+    assert reasons(receipt) == {
+        FIRST: "XDSRepositoryBusy: later",
+        SECOND: f"XDSDocumentUniqueIdError: {SECOND}: gone",
+    }
+
+
 async def test_an_answer_that_breaks_off_keeps_what_was_whole_and_asks_for_the_rest(tmp_path: Path) -> None:
     def breaks(gateway: Gateway) -> None:
         gateway.answer([FIRST, SECOND])
@@ -178,7 +265,7 @@ async def test_an_answer_that_breaks_off_keeps_what_was_whole_and_asks_for_the_r
     receipt, gateway = await retrieve(tmp_path, breaks, rest)
     assert receipt.complete
     assert gateway.asked == [[FIRST, SECOND], [SECOND]]
-    assert [record.attempts for record in receipt.instances] == [1, 2]
+    assert [entry.attempts for entry in receipt.ledger] == [1, 2]
 
 
 async def test_a_peer_that_is_not_there_is_asked_once(tmp_path: Path) -> None:
@@ -226,6 +313,21 @@ async def test_what_nobody_asked_for_is_told_and_dropped(tmp_path: Path) -> None
     receipt, _ = await retrieve(tmp_path, script)
     assert receipt.complete
     assert receipt.unexpected == ["1.2.99", "attachment stray@x"]
+
+
+@pytest.mark.parametrize("place", ["location", "context"])
+async def test_a_source_that_transcoded_says_so(tmp_path: Path, place: str) -> None:
+    location, context = (SECOND, TRANSCODED) if place == "location" else (EAST, f"{SECOND}: {TRANSCODED}")
+
+    def script(gateway: Gateway) -> None:
+        warning = errors.RepositoryError(context, location, warning=True)
+        gateway.answer([FIRST, SECOND], response_to([warning], found=2))
+        gateway.attach(FIRST, image())
+        gateway.attach(SECOND, image(SECOND))
+
+    receipt, _ = await retrieve(tmp_path, script)
+    assert receipt.complete
+    assert [entry.bytes_changed for entry in receipt.ledger] == [False, True]
 
 
 async def test_a_disk_without_room_ends_in_the_receipt(tmp_path: Path) -> None:

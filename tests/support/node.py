@@ -18,6 +18,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
+import jsonschema
 import psutil
 
 from tests.support import peers
@@ -303,6 +304,8 @@ class Receipt:
         import hashlib
 
         content = self.content
+        schema = json.loads((Path(__file__).parents[2] / "docs" / "receipt.schema.json").read_text())
+        jsonschema.validate(content, schema, cls=jsonschema.Draft202012Validator)
         assert content.keys() >= self.top, f"missing: {self.top - content.keys()}"
         assert content["complete"] is complete, self.output
         assert (self.returncode == 0) is complete, f"exit code {self.returncode}: {self.output}"

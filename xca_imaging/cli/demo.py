@@ -27,11 +27,11 @@ from xca_imaging.cli import publish
 from xca_imaging.cli.options import run_loop
 from xca_imaging.errors import ConfigurationError, PeerRefused
 from xca_imaging.gateway.app import Node
-from xca_imaging.gateway.consumer import Consumer, Progress, Routes
+from xca_imaging.gateway.consumer import Consumer, Routes
 from xca_imaging.gateway.listeners import address
 from xca_imaging.gateway.peers import SoapClient
 from xca_imaging.gateway.publishing import Selection
-from xca_imaging.gateway.receipt import Receipt
+from xca_imaging.gateway.receipt import Receipt, reason_of
 from xca_imaging.imaging.backends.association import associate
 from xca_imaging.settings import Settings
 
@@ -271,11 +271,11 @@ async def _retrieve(west: Settings, out: Path) -> Receipt:
         ]
         console.print(f"4. West retrieved the manifests (ITI-39) in {_since(started)}")
         started = time.perf_counter()
-        receipt = await consumer.retrieve(manifests, out, progress=Progress())
-        size = sum(record.size for record in receipt.instances)
+        receipt = await consumer.retrieve(manifests, out)
+        summary = receipt.ledger.summary()
         console.print(
             f"5. West retrieved the images (RAD-75; C-MOVE from the PACS in East): "
-            f"{len(receipt.instances)} instances, {size / 1000:.1f} kB in {_since(started)}"
+            f"{summary.held} of {summary.wanted} instances, {summary.size / 1000:.1f} kB in {_since(started)}"
         )
     return receipt
 
@@ -284,17 +284,18 @@ def _compare(receipt: Receipt, originals: dict[str, Path], out: Path) -> bool:
     """Compare every element of every instance with its original; print a line per series."""
     rows: dict[tuple[str, str], list[int]] = {}
     differences: list[str] = []
-    for record in receipt.instances:
-        row = rows.setdefault((record.study_instance_uid, record.series_instance_uid), [0, 0, 0])
+    for entry in receipt.ledger:
+        want = entry.want
+        row = rows.setdefault((want.study_instance_uid, want.series_instance_uid), [0, 0, 0])
         row[0] += 1
-        row[1] += record.size
-        if record.state != "held":
-            differences.append(f"{record.sop_instance_uid} did not come: {record.reason}")
+        row[1] += entry.size
+        if entry.error is not None:
+            differences.append(f"{want.sop_instance_uid} did not come: {reason_of(entry)}")
             continue
-        file = out / record.study_instance_uid / record.series_instance_uid / f"{record.sop_instance_uid}.dcm"
-        found = _differences(originals[record.sop_instance_uid], file)
+        file = out / want.study_instance_uid / want.series_instance_uid / f"{want.sop_instance_uid}.dcm"
+        found = _differences(originals[want.sop_instance_uid], file)
         row[2] += not found
-        differences += [f"{record.sop_instance_uid}: {text}" for text in found]
+        differences += [f"{want.sop_instance_uid}: {text}" for text in found]
     table = Table("study", "series", "instances", "bytes", "equal to the original", box=None, pad_edge=False)
     for (study, series), (count, size, equal) in rows.items():
         table.add_row(

@@ -16,8 +16,9 @@ from xca_imaging import settings as settings_module
 from xca_imaging.cli.endpoints import add_endpoints, connect
 from xca_imaging.cli.options import add_config, patient_identifier, run_loop, uid
 from xca_imaging.errors import ConfigurationError, DocumentUniqueIdError, ManifestError, RegistryError
-from xca_imaging.gateway.consumer import ACCEPTED_SYNTAXES, Consumer, Found, FoundManifest, Progress
-from xca_imaging.gateway.receipt import ManifestFacts, Receipt
+from xca_imaging.gateway.consumer import ACCEPTED_SYNTAXES, Consumer, Found, FoundManifest
+from xca_imaging.gateway.receipt import ManifestFacts, Receipt, reason_of
+from xca_imaging.gateway.retrieval import Progress
 from xca_imaging.imaging import manifest as manifest_module
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.settings import Settings
@@ -110,12 +111,11 @@ def _from_file(path: Path, home_community_id: str) -> FoundManifest:
 
 
 def _report(receipt: Receipt, out: Path) -> int:
-    held = [record for record in receipt.instances if record.state == "held"]
-    size = sum(record.size for record in held)
-    print(f"{len(held)} of {len(receipt.instances)} instances, {size / 1e6:.1f} MB, in {out}")
-    failed = [record for record in receipt.instances if record.state != "held"]
-    for record in failed[:20]:
-        print(f"missing {record.sop_instance_uid}: {record.reason}", file=sys.stderr)
+    summary = receipt.ledger.summary()
+    print(f"{summary.held} of {summary.wanted} instances, {summary.size / 1e6:.1f} MB, in {out}")
+    failed = [entry for entry in receipt.ledger if entry.error is not None]
+    for entry in failed[:20]:
+        print(f"missing {entry.want.sop_instance_uid}: {reason_of(entry)}", file=sys.stderr)
     if len(failed) > 20:
         print(f"... and {len(failed) - 20} more: see receipt.json", file=sys.stderr)
     for unexpected in receipt.unexpected:

@@ -13,13 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
-import os
-import re
-import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,19 +32,17 @@ from xca_imaging.errors import (
     SubmissionRefused,
     UnknownCommunity,
 )
-from xca_imaging.gateway.peers import Endpoint, PartSink, SoapClient
-from xca_imaging.gateway.receipt import InstanceRecord, ManifestFacts, Receipt
+from xca_imaging.gateway.peers import Endpoint, SoapClient
+from xca_imaging.gateway.receipt import ManifestFacts, Receipt
+from xca_imaging.gateway.retrieval import Progress, Retrieval
 from xca_imaging.imaging import manifest as manifest_module
-from xca_imaging.imaging import part10
+from xca_imaging.imaging.ledger import Ledger, Want
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.metadata.model import Code, DocumentEntry
 from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
 from xca_imaging.settings import Settings
-from xca_imaging.transactions.document_set import DocumentRequest, DocumentResponse, RetrieveResponse
+from xca_imaging.transactions.document_set import DocumentRequest, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest, SeriesRequest, StudyRequest
-from xca_imaging.wire import mtom
-
-log = logging.getLogger(__name__)
 
 KOS_FORMAT = Code(uids.KOS_SOP_CLASS, uids.DICOM_UID_REGISTRY)
 
@@ -82,7 +75,6 @@ ACCEPTED_SYNTAXES = (
     uids.EXPLICIT_VR_BIG_ENDIAN,
 )
 _ATTEMPTS = 2  # a connection that broke in mid-answer is worth one more try for what is missing, no more
-_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,57 +164,6 @@ class FoundManifest:
     facts: ManifestFacts
 
 
-class Progress:
-    """What a retrieval tells while it runs; the default says nothing."""
-
-    def expect(self, instances: int) -> None:
-        """So many instances are wanted."""
-
-    def received(self, size: int) -> None:
-        """So many more bytes have come."""
-
-    def arrived(self) -> None:
-        """One more instance is whole."""
-
-
-class _FileSink:
-    """Writes one attachment to a file of its own, hashing what passes. Every method raises OutputError."""
-
-    def __init__(self, folder: Path, progress: Progress) -> None:
-        self.path = folder / f"{uuid.uuid4().hex}.part"
-        self.size = 0
-        self.whole = False
-        self._hash = hashlib.sha256()
-        self._progress = progress
-        with _writing(self.path):
-            # Unbuffered: what cannot be written is known at once, and the pieces are large.
-            self._file = self.path.open("wb", buffering=0)
-
-    def write(self, data: memoryview) -> None:
-        rest = data
-        with _writing(self.path):
-            while rest:
-                rest = rest[self._file.write(rest) :]
-        self._hash.update(data)
-        self.size += len(data)
-        self._progress.received(len(data))
-
-    def finish(self) -> None:
-        with _writing(self.path):
-            self._file.close()
-        self.whole = True
-        self._progress.arrived()
-
-    def abandon(self) -> None:
-        with _writing(self.path):
-            self._file.close()
-            self.path.unlink(missing_ok=True)
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
-
-
 class Consumer:
     """Finds documents, fetches manifests and retrieves the images that they name."""
 
@@ -286,81 +227,56 @@ class Consumer:
 
         Problems of single instances and of whole communities end in the receipt; they are not raised.
         """
-        progress = progress or Progress()
-        records = _wanted(manifests, self._routes)
-        if not records:
+        wants = _wanted(manifests, self._routes)
+        if not wants:
             raise ManifestError("the manifest names no instances")
-        receipt = Receipt(f"urn:uuid:{uuid.uuid4()}", datetime.now(UTC), tuple(m.facts for m in manifests), records)
-        progress.expect(len(records))
-        with _incoming(out) as incoming:
-            await self._retrieve(receipt, incoming, accept, progress)
+        receipt = Receipt(
+            f"urn:uuid:{uuid.uuid4()}", datetime.now(UTC), tuple(m.facts for m in manifests), Ledger(wants)
+        )
+        with Retrieval(receipt, out, accept, progress or Progress()) as retrieval:
+            await self._retrieve(retrieval)
         receipt.finished_at = datetime.now(UTC)
         return receipt
 
-    async def _retrieve(self, receipt: Receipt, incoming: Path, accept: Sequence[str], progress: Progress) -> None:
-        records = receipt.instances
-        message_id = receipt.trace_id
-        for home in dict.fromkeys(record.home_community_id for record in records):
-            mine = [record for record in records if record.home_community_id == home]
+    async def _retrieve(self, retrieval: Retrieval) -> None:
+        message_id = retrieval.receipt.trace_id
+        for home in dict.fromkeys(want.home_community_id for want in retrieval.missing()):
             for _ in range(_ATTEMPTS):
-                missing = [record for record in mine if record.state != "held"]
+                missing = [want for want in retrieval.missing() if want.home_community_id == home]
                 try:
-                    route = self._routes.imaging(home)
-                    await self._ask(route, missing, accept, incoming, receipt, progress, message_id)
+                    await self._ask(self._routes.imaging(home), missing, retrieval, message_id)
                     break
                 except OutputError as exc:
-                    _fail(records, str(exc))
+                    retrieval.blame(retrieval.missing(), str(exc))
                     return
                 except (PeerProtocolError, PeerTimeout) as exc:
-                    _fail(missing, str(exc))
+                    retrieval.blame(missing, str(exc))
                 except (PeerError, UnknownCommunity) as exc:
-                    _fail(missing, str(exc))
+                    retrieval.blame(missing, str(exc))
                     break
                 finally:
                     message_id = ""
 
-    async def _ask(
-        self,
-        route: Route,
-        records: Sequence[InstanceRecord],
-        accept: Sequence[str],
-        incoming: Path,
-        receipt: Receipt,
-        progress: Progress,
-        message_id: str,
-    ) -> None:
+    async def _ask(self, route: Route, wants: Sequence[Want], retrieval: Retrieval, message_id: str) -> None:
         """Send one RAD-69 or RAD-75 and settle what it brings, also when it breaks off."""
         responses: list[RetrieveResponse] = []
-        sinks: dict[str, _FileSink] = {}
-
-        def sink(content_id: str, content_type: str) -> PartSink:
-            made = sinks[content_id] = _FileSink(incoming, progress)
-            return made
-
-        for record in records:
-            record.attempts += 1
-            record.reason = "never arrived"
+        retrieval.begin(wants)
         try:
             await self._client.retrieve_imaging(
                 route.endpoint,
-                _request(records, accept),
-                sink,
+                _request(wants, retrieval.accept),
+                retrieval.sink,
                 responses.append,
                 cross_gateway=route.cross_gateway,
                 message_id=message_id,
             )
         finally:
-            for response in responses:
-                _settle(response, records, sinks, accept, incoming, receipt)
-            for content_id, left in sinks.items():
-                if left.whole and left.path.exists():
-                    receipt.unexpected.append(f"attachment {content_id}")
-                    left.path.unlink()
+            retrieval.settle(responses, wants)
 
 
-def _wanted(manifests: Iterable[FoundManifest], routes: Routes) -> list[InstanceRecord]:
-    """Return one record per instance that the manifests name; an instance named twice is wanted once."""
-    records: dict[tuple[str, str, str], InstanceRecord] = {}
+def _wanted(manifests: Iterable[FoundManifest], routes: Routes) -> list[Want]:
+    """Return what the manifests name; an instance named twice is wanted once."""
+    wants: dict[tuple[str, str, str], Want] = {}
     for found in manifests:
         for study in found.manifest.studies:
             for series in study.series:
@@ -368,26 +284,19 @@ def _wanted(manifests: Iterable[FoundManifest], routes: Routes) -> list[Instance
                 location = series.retrieve_location_uid or found.facts.repository_unique_id
                 home = found.facts.home_community_id or routes.home_of_repository(location)
                 for instance in series.instances:
-                    records.setdefault(
-                        (home, location, instance.sop_instance_uid),
-                        InstanceRecord(
-                            study_instance_uid=study.study_instance_uid,
-                            series_instance_uid=series.series_instance_uid,
-                            sop_instance_uid=instance.sop_instance_uid,
-                            home_community_id=home,
-                            repository_unique_id=location,
-                        ),
+                    uid = instance.sop_instance_uid
+                    wants.setdefault(
+                        (home, location, uid),
+                        Want(study.study_instance_uid, series.series_instance_uid, uid, location, home),
                     )
-    return list(records.values())
+    return list(wants.values())
 
 
-def _request(records: Sequence[InstanceRecord], accept: Sequence[str]) -> RetrieveImagingRequest:
+def _request(wants: Sequence[Want], accept: Sequence[str]) -> RetrieveImagingRequest:
     studies: dict[str, dict[str, list[DocumentRequest]]] = {}
-    for record in records:
-        series = studies.setdefault(record.study_instance_uid, {}).setdefault(record.series_instance_uid, [])
-        series.append(
-            DocumentRequest(record.home_community_id or None, record.repository_unique_id, record.sop_instance_uid)
-        )
+    for want in wants:
+        series = studies.setdefault(want.study_instance_uid, {}).setdefault(want.series_instance_uid, [])
+        series.append(DocumentRequest(want.home_community_id or None, want.repository_unique_id, want.sop_instance_uid))
     return RetrieveImagingRequest(
         tuple(
             StudyRequest(study, tuple(SeriesRequest(uid, tuple(documents)) for uid, documents in series.items()))
@@ -395,109 +304,3 @@ def _request(records: Sequence[InstanceRecord], accept: Sequence[str]) -> Retrie
         ),
         tuple(accept),
     )
-
-
-def _settle(
-    response: RetrieveResponse,
-    records: Sequence[InstanceRecord],
-    sinks: Mapping[str, _FileSink],
-    accept: Sequence[str],
-    incoming: Path,
-    receipt: Receipt,
-) -> None:
-    by_id = {(record.repository_unique_id, record.sop_instance_uid): record for record in records}
-    for document in response.documents:
-        record = by_id.get((document.repository_unique_id, document.document_unique_id))
-        if record is None:
-            receipt.unexpected.append(document.document_unique_id)
-            continue
-        try:
-            _keep(document, record, sinks, accept, incoming)
-        except part10.Part10Error as exc:
-            record.reason = str(exc)
-    for error in response.registry.errors:
-        for record in records:
-            # RAD-69 wants the document in `location`, RAD-75 the gateway: then it stands in `codeContext`.
-            if record.state != "held" and record.sop_instance_uid in _uids_in(f"{error.location} {error.context}"):
-                record.reason = f"{error.code}: {error.context}"
-    general = [error for error in response.registry.errors if not error.warning]
-    for record in records:
-        if record.state != "held" and record.reason == "never arrived" and len(general) == 1:
-            record.reason = f"{general[0].code}: {general[0].context}"
-
-
-def _uids_in(text: str) -> set[str]:
-    return set(_UID.findall(text))
-
-
-def _keep(
-    document: DocumentResponse,
-    record: InstanceRecord,
-    sinks: Mapping[str, _FileSink],
-    accept: Sequence[str],
-    incoming: Path,
-) -> None:
-    """Check one instance and move it to its place.
-
-    Raises
-    ------
-    part10.Part10Error
-        It is not what was asked for, or not whole.
-    OutputError
-    """
-    content = document.content
-    if isinstance(content, mtom.Reference):
-        sink = sinks.get(content.content_id)
-        if sink is None or not sink.whole:
-            raise part10.Part10Error("the answer names an attachment that did not come whole")
-    else:
-        sink = _FileSink(incoming, Progress())
-        sink.write(memoryview(content))
-        sink.finish()
-    facts = part10.identify(sink.path)
-    asked = (record.study_instance_uid, record.series_instance_uid, record.sop_instance_uid)
-    if (facts.study_instance_uid, facts.series_instance_uid, facts.sop_instance_uid) != asked:
-        raise part10.Part10Error(
-            f"another instance came: {facts.sop_instance_uid} of series {facts.series_instance_uid}"
-        )
-    if facts.transfer_syntax_uid not in accept:
-        raise part10.Part10Error(f"it came in transfer syntax {facts.transfer_syntax_uid}, which was not asked for")
-    try:
-        part10.verify_whole(sink.path, facts.transfer_syntax_uid)
-    except part10.Truncated:
-        raise
-    except part10.Part10Error as exc:
-        log.warning("%s is kept as it came: %s", record.sop_instance_uid, exc)
-    target = incoming.parent / record.study_instance_uid / record.series_instance_uid / f"{record.sop_instance_uid}.dcm"
-    with _writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(sink.path, target)
-    record.state, record.size, record.sha256 = "held", sink.size, sink.sha256
-    record.transfer_syntax_uid = facts.transfer_syntax_uid
-    record.reason = ""
-
-
-def _fail(records: Iterable[InstanceRecord], reason: str) -> None:
-    for record in records:
-        if record.state != "held":
-            record.reason = reason
-
-
-@contextmanager
-def _incoming(out: Path) -> Iterator[Path]:
-    """Give a folder below `out` for what is not checked yet; nothing of it stays."""
-    folder = out / ".incoming"
-    with _writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as exc:
-        raise OutputError(f"{path} cannot be written: {exc.strerror or exc}") from exc
