@@ -78,8 +78,8 @@ class Transfers:
     spool : Spool
     stall_timeout : float
         Seconds without a wanted byte after which a move is given up.
-    tls : ssl.SSLContext, optional
-        For the associations that we request.
+    tls, https : ssl.SSLContext, optional
+        For the associations that we request; for requests by HTTP (WADO-RS).
     make_backends, make_finder : callable
         What moves and what asks, by PACS.
     grace, backoff : float
@@ -117,6 +117,7 @@ class Transfers:
         spool: Spool,
         stall_timeout: float = 60.0,
         tls: ssl.SSLContext | None = None,
+        https: ssl.SSLContext | None = None,
         make_backends: Callable[[settings.Pacs], Mapping[d.Method, Backend]] | None = None,
         make_finder: Callable[[settings.Pacs], SeriesFinder | None] | None = None,
         grace: float = 1.0,
@@ -130,7 +131,7 @@ class Transfers:
         self.on_availability: Callable[[str | None, bytes, str], int] | None = None
         self._settings = {each.name: each for each in pacs}
         self._routes = {each.retrieve_location_uid: each.name for each in pacs}
-        self._ae_title, self._spool, self._tls = ae_title, spool, tls
+        self._ae_title, self._spool, self._tls, self._https = ae_title, spool, tls, https
         self._stall_timeout, self._close_timeout = stall_timeout, close_timeout
         self._slow_backlog = slow_backlog
         # Three attempts to connect fit into one stall_timeout, so that a PACS that is gone is told within it.
@@ -173,6 +174,7 @@ class Transfers:
             receiver=self,
             connect_timeout=self._connect_timeout,
             stall_timeout=self._stall_timeout,
+            https=self._https,
         )
 
     def _cfind(self, pacs: settings.Pacs) -> SeriesFinder:
