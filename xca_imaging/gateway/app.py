@@ -76,6 +76,7 @@ class Node:
         https = tls.server_context(settings, settings.http.tls, "http.tls")
         dicom_server = tls.server_context(settings, settings.dicom.tls, "dicom.tls")
         dicom_client = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
+        https_client = tls.client_context(settings, settings.http.tls, "http.tls")
         _make_folder(settings, settings.data_dir)
         metrics = Metrics()
         callers = Callers(settings)
@@ -106,6 +107,7 @@ class Node:
             spool=spool,
             stall_timeout=limits.stall_timeout,
             tls=dicom_client,
+            https=https_client,
         )
         scp = StoreScp(
             transfers,
@@ -140,7 +142,6 @@ class Node:
         own = NodeRepository(
             registry, repository, partial(Administration(registry).update, requester=Requester("publishing")), executor
         )
-        https_client = tls.client_context(settings, settings.http.tls, "http.tls")
         await resources.enter_async_context(
             watching(
                 settings, own=own, transfers=transfers, metrics=metrics, dicom_tls=dicom_client, https=https_client
