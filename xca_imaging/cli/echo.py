@@ -16,7 +16,7 @@ from rich.table import Table
 from xca_imaging import settings as settings_module
 from xca_imaging.cli.options import add_config, run_loop
 from xca_imaging.errors import PeerError
-from xca_imaging.imaging.backends import association
+from xca_imaging.imaging.backends import requester, wadors
 from xca_imaging.security import tls
 from xca_imaging.settings import Community, Pacs, Settings
 
@@ -43,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
 async def _peers(settings: Settings) -> list[Row]:
     dicom = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
     https = tls.client_context(settings, settings.http.tls, "http.tls")
-    checks = [asyncio.to_thread(_echo, settings, pacs, dicom) for pacs in settings.pacs]
+    checks = [_echo(settings, pacs, dicom) for pacs in settings.pacs]
+    checks += [_ask(pacs, https) for pacs in settings.pacs if "wado-rs" in (pacs.retrieve, *pacs.fallback)]
     checks += [
         _reach(community, name, url, https)
         for community in settings.community
@@ -57,11 +58,11 @@ async def _peers(settings: Settings) -> list[Row]:
     return list(await asyncio.gather(*checks))
 
 
-def _echo(settings: Settings, pacs: Pacs, context: ssl.SSLContext | None) -> Row:
+async def _echo(settings: Settings, pacs: Pacs, context: ssl.SSLContext | None) -> Row:
     where = f"{pacs.ae_title}@{pacs.host}:{pacs.port}"
     started = time.perf_counter()
     try:
-        association.echo(
+        await requester.echo(
             pacs,
             calling_ae_title=settings.dicom.ae_title,
             tls=context,
@@ -70,6 +71,16 @@ def _echo(settings: Settings, pacs: Pacs, context: ssl.SSLContext | None) -> Row
     except PeerError as exc:
         return f"PACS {pacs.name}", where, False, str(exc)
     return f"PACS {pacs.name}", where, True, f"C-ECHO answered in {(time.perf_counter() - started) * 1000:.0f} ms"
+
+
+async def _ask(pacs: Pacs, context: ssl.SSLContext | None) -> Row:
+    """Ask the DICOMweb server of a PACS for one study."""
+    what, started = f"PACS {pacs.name}: WADO-RS", time.perf_counter()
+    try:
+        answer = await wadors.reach(pacs, tls=context)
+    except PeerError as exc:
+        return what, pacs.wado_rs, False, str(exc)
+    return what, pacs.wado_rs, True, f"{answer} in {(time.perf_counter() - started) * 1000:.0f} ms"
 
 
 async def _reach(community: Community, name: str, url: str, context: ssl.SSLContext | None) -> Row:
