@@ -149,8 +149,14 @@ class Move:
         """Open an association to the move destination."""
         ae = AE(calling or self.pacs.ae_title)
         ae.connection_timeout = ae.acse_timeout = ae.dimse_timeout = DEADLINE
-        classes = dict.fromkeys(str(each.SOPClassUID) for each in self.matches) or {CTImageStorage: None}
-        contexts = [build_context(uid, list(syntaxes or self.pacs.syntaxes)) for uid in classes]
+        syntaxes = syntaxes or self.pacs.syntaxes
+        proposed: dict[tuple[str, tuple[str, ...]], None] = {}
+        for each in self.matches:
+            stored = str(each.file_meta.TransferSyntaxUID)
+            proposed[str(each.SOPClassUID), tuple(syntaxes or (stored,))] = None
+        if not proposed:
+            proposed[CTImageStorage, (ExplicitVRLittleEndian,)] = None
+        contexts = [build_context(sop_class, list(listed)) for sop_class, listed in proposed]
         host, port = self.pacs.destination
         with self.pacs.count_store():
             association = ae.associate(host, port, contexts=contexts, ae_title=self.destination)
@@ -168,10 +174,11 @@ class Move:
             for dataset in datasets:
                 if not association.is_established:
                     return
+                due = time.monotonic() + self.pacs.latency
                 answer = association.send_c_store(dataset, originator_aet=self.pacs.ae_title, originator_id=1)
                 self.statuses.append(answer.get("Status"))
                 self.pacs.sent.append((str(dataset.SOPInstanceUID), self.statuses[-1]))
-                time.sleep(self.pacs.latency)
+                time.sleep(max(0.0, due - time.monotonic()))
                 yield dataset
 
     def store(self, datasets: Iterable[Dataset], **options: Any) -> list[int]:
@@ -281,6 +288,12 @@ class Scripts:
     def abort_at_once(self, move: Move) -> None:
         move.abort()
 
+    def close_between_objects(self, move: Move) -> None:
+        """Its sender goes away after two objects, without A-RELEASE; the move is over with the failures counted."""
+        with self.storing_some(move, 2) as association:
+            association.dul.socket.close()
+        move.respond(WARNING, remaining=0, completed=2, failed=len(move.matches) - 2)
+
     def drops_every_7th(self, move: Move) -> None:
         kept = [each for number, each in enumerate(move.matches, 1) if number % 7]
         lost = [str(each.SOPInstanceUID) for number, each in enumerate(move.matches, 1) if number % 7 == 0]
@@ -321,6 +334,15 @@ class Scripts:
         found = [each for each in everything if each.SOPInstanceUID in wanted]
         move.finish(move.store(found), total=len(found))
 
+    @contextmanager
+    def storing_some(self, move: Move, count: int) -> Iterator[Any]:
+        """Send the first instances and give the association, still open."""
+        with move.storing() as association:
+            for dataset in move.matches[:count]:
+                status = association.send_c_store(dataset).get("Status")
+                move.pacs.sent.append((str(dataset.SOPInstanceUID), status))
+            yield association
+
     def __init__(self) -> None:
         self.threads: list[threading.Thread] = []
 
@@ -345,6 +367,14 @@ class ScriptedPacs:
         Whether C-FIND is supported.
     counts : bool
         Whether NumberOfSeriesRelatedInstances is given.
+    latency : float
+        Seconds that each object takes to send, the work included.
+    syntaxes : sequence of str
+        Transfer syntaxes that every context proposes; none: one context for each syntax in which something is stored.
+    limit : int
+        Associations of all kinds at a time; those beyond are rejected with 2/3/2. 0: no limit.
+    one_move_each : bool
+        Whether the second C-MOVE on an association is aborted.
     """
 
     def __init__(
@@ -356,11 +386,17 @@ class ScriptedPacs:
         finds: bool = True,
         counts: bool = True,
         latency: float = 0.0,
-        syntaxes: Sequence[str] = (ExplicitVRLittleEndian,),
+        syntaxes: Sequence[str] = (),
+        limit: int = 0,
+        one_move_each: bool = False,
         ae_title: str = "SCRIPTED",
     ) -> None:
         self.archive, self.destination, self.ae_title = archive, destination, ae_title
         self.latency, self.syntaxes = latency, syntaxes
+        self._limit, self._one_move_each = limit, one_move_each
+        self._used: set[Any] = set()
+        self._associations = 0
+        self.most_associations = 0
         self._scripts, self._busy, self._counts = list(scripts or ["good"]), busy, counts
         self._lock = threading.Lock()
         self.behaviour = Scripts()
@@ -383,6 +419,7 @@ class ScriptedPacs:
             (evt.EVT_C_MOVE, self._move),
             (evt.EVT_C_FIND, self._find),
             (evt.EVT_REQUESTED, self._requested),
+            (evt.EVT_CONN_CLOSE, self._closed),
         ]
         self._server = self._ae.start_server(("127.0.0.1", 0), block=False, evt_handlers=handlers)
         return self
@@ -428,19 +465,36 @@ class ScriptedPacs:
 
     def _requested(self, event: Any) -> None:
         contexts = event.assoc.requestor.primitive.presentation_context_definition_list
-        if not any(context.abstract_syntax == MOVE for context in contexts):
-            return
+        is_for_moves = any(context.abstract_syntax == MOVE for context in contexts)
         with self._lock:
-            is_busy = self.rejected < self._busy
-            self.rejected += is_busy
-            self.associations += not is_busy
-        if is_busy:
+            is_over = bool(self._limit) and self._associations >= self._limit
+            is_busy = is_for_moves and self.rejected < self._busy
+            self.rejected += is_busy or is_over
+            if not (is_busy or is_over):
+                self._associations += 1
+                event.assoc.is_counted = True
+                self.most_associations = max(self.most_associations, self._associations)
+        if is_busy or is_over:
             event.assoc.acse.send_reject(0x02, 0x03, 0x02)  # PS3.8 Table 9-21: transient, local limit exceeded
             event.assoc.is_rejected = True
             event.assoc.kill()
 
+    def _closed(self, event: Any) -> None:
+        with self._lock:
+            if getattr(event.assoc, "is_counted", False):
+                event.assoc.is_counted = False
+                self._associations -= 1
+
     def _move(self, event: Any) -> Iterator[Any]:
         event.assoc.dimse.__dict__.pop("send_msg", None)  # taken away by the move before on the same association
+        if self._one_move_each:
+            if event.assoc in self._used:
+                event.assoc.dimse.send_msg = lambda *_: None
+                event.assoc.abort(block=False)
+                yield "127.0.0.1", 1
+                yield 0
+                return
+            self._used.add(event.assoc)
         move = Move(self, event)
         listed = move.keys.get("SOPInstanceUID") or ()
         with self._lock:
