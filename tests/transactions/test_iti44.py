@@ -75,6 +75,13 @@ def test_acknowledgements(reason):
     assert acknowledgement.reason == reason
 
 
+def test_an_acknowledgement_of_what_could_not_be_read():
+    answer = iti44.encode_response(None, message_id="1.2.3", creation_time="20240301083016", reason="busy")
+    schemas.assert_valid(answer)
+    acknowledgement = iti44.decode_response(ITI44_ADD, answer)
+    assert (acknowledgement.accepted, acknowledgement.message_root) == (False, "")
+
+
 @pytest.mark.parametrize("number", ["plain", "a|b", "a^b&c~d", "back\\slash", "\\F\\", "\\E\\S\\"])
 def test_delimiters_in_an_identifier_are_escaped(number):
     patient_id = patient_id_of(number, AUTHORITY)

@@ -21,11 +21,15 @@ from aiohttp import web
 from xca_imaging.data_files import data_folder
 from xca_imaging.errors import ConfigurationError, SpoolFull, SpoolInUse
 from xca_imaging.gateway import listeners
+from xca_imaging.gateway.administering import AdministrativeActors
 from xca_imaging.gateway.callers import Callers
 from xca_imaging.gateway.documents import DocumentActors
 from xca_imaging.gateway.exchange import Exchange, Operation
+from xca_imaging.gateway.hl7 import IdentityFeed
 from xca_imaging.gateway.imaging_source import ImagingDocumentSource
-from xca_imaging.gateway.repositories import NodeRepository
+from xca_imaging.gateway.on_demand import OnDemandDocuments
+from xca_imaging.gateway.publishing import publishers_of
+from xca_imaging.gateway.repositories import NodeRepository, TransferredObjects
 from xca_imaging.gateway.responding import RespondingGateway
 from xca_imaging.gateway.watching import watching
 from xca_imaging.imaging.spool import Spool
@@ -37,11 +41,12 @@ from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.events import Requester
 from xca_imaging.registry.provide import Repository
 from xca_imaging.security import tls
-from xca_imaging.settings import Settings
+from xca_imaging.settings import Settings, is_loopback
 
 log = logging.getLogger(__name__)
 
 _DATABASE_THREADS = 4  # SQLite has one writer; a few readers beside it
+_ON_DEMAND_THREADS = 4  # manifests made at a time: each asks a PACS, which has other work
 _ANSWER_TIMEOUT = 1.0  # s for clients to take the answers that a drain has made
 _WSDL_ADDRESS = "REPLACE_WITH_ACTUAL_URL"
 
@@ -125,12 +130,32 @@ class Node:
         transfers.listener, transfers.receiving = self.dicom_address, scp
         await transfers.start()
 
-        documents = DocumentActors(registry, repository, executor)
+        administration = Administration(registry)
+        own = NodeRepository(
+            registry, repository, partial(administration.update, requester=Requester("publishing")), executor
+        )
+        on_demand = None
+        if repository is not None:
+            asking = ThreadPoolExecutor(_ON_DEMAND_THREADS, thread_name_prefix="on-demand")
+            resources.callback(asking.shutdown, wait=False, cancel_futures=True)
+            publishers = publishers_of(
+                settings,
+                repository=own,
+                objects=TransferredObjects(transfers),
+                memory=None,
+                tls=dicom_client,
+                executor=asking,
+            )
+            on_demand = OnDemandDocuments(
+                administration, repository, publishers, executor, keep=settings.repository.persist_on_demand
+            )
+        documents = DocumentActors(registry, repository, executor, on_demand)
+        administering = AdministrativeActors(administration, repository, executor)
         source = ImagingDocumentSource(transfers, metrics)
         gateway = RespondingGateway(settings.node.home_community_id, documents, source)
         services = {
-            "registry": documents.registry_operations(),
-            "repository": documents.repository_operations(),
+            "registry": (*documents.registry_operations(), *administering.registry_operations()),
+            "repository": (*documents.repository_operations(), *administering.repository_operations()),
             "imaging-source": source.operations(),
             "responding-gateway": gateway.operations(),
             "responding-imaging-gateway": gateway.imaging_operations(),
@@ -139,9 +164,12 @@ class Node:
         application = self._application(Exchange(spool, limits, metrics, callers), services, metrics, registry, spool)
         await self._listen(application, https, resources)
         resources.push_async_callback(self._drain, transfers)
-        own = NodeRepository(
-            registry, repository, partial(Administration(registry).update, requester=Requester("publishing")), executor
-        )
+        if settings.hl7.port:
+            feed = IdentityFeed(administration, executor, stall_timeout=limits.stall_timeout)
+            host, port = settings.http.host, settings.hl7.port
+            encrypted = None if settings.http.insecure or is_loopback(host) else https
+            await _bind(settings, "hl7", host, port, feed.start(host, port, encrypted))
+            resources.push_async_callback(feed.close)
         await resources.enter_async_context(
             watching(
                 settings, own=own, transfers=transfers, metrics=metrics, dicom_tls=dicom_client, https=https_client

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import TypeVar
@@ -26,10 +27,12 @@ from xca_imaging.errors import (
 )
 from xca_imaging.gateway.delivery import Part
 from xca_imaging.gateway.exchange import Answer, Context, Operation
+from xca_imaging.gateway.on_demand import OnDemandDocuments
 from xca_imaging.metadata.model import Submission
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.documents import Content
+from xca_imaging.registry.events import Requester
 from xca_imaging.registry.provide import Repository
 from xca_imaging.registry.search import Found
 from xca_imaging.transactions import iti18, iti41, iti42, iti43, iti51
@@ -47,11 +50,18 @@ _BATCH = 256 * 1024  # bytes of a query's answer that are read before they are w
 class DocumentActors:
     """The registry of this node, and its repository where `repository.unique_id` is set.
 
-    Database and files are used in `executor`, never on the event loop.
+    Database and files are used in `executor`, never on the event loop. `on_demand` makes documents that are not stored.
     """
 
-    def __init__(self, registry: Registry, repository: Repository | None, executor: Executor) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        repository: Repository | None,
+        executor: Executor,
+        on_demand: OnDemandDocuments | None = None,
+    ) -> None:
         self._registry, self._repository, self._executor = registry, repository, executor
+        self._on_demand = on_demand
 
     def registry_operations(self) -> Sequence[Operation]:
         return (
@@ -91,14 +101,14 @@ class DocumentActors:
             batch = await self._run(partial(_next_batch, pieces))
 
     async def documents(
-        self, requests: Sequence[DocumentRequest]
+        self, requests: Sequence[DocumentRequest], context: Context
     ) -> tuple[list[tuple[DocumentRequest, DocumentResponse, Part]], list[tuple[DocumentRequest, RegistryError]]]:
         """Return the documents of this repository that are asked for, and why the others are not there."""
         found: list[tuple[DocumentRequest, DocumentResponse, Part]] = []
         failed: list[tuple[DocumentRequest, RegistryError]] = []
         for index, request in enumerate(dict.fromkeys(requests), 1):
             try:
-                response, part = await self._run(partial(self._document, request, index))
+                response, part = await self._document(request, f"{index}.document@xca-imaging", context)
                 found.append((request, response, part))
             except RegistryError as exc:
                 failed.append((request, exc))
@@ -107,22 +117,25 @@ class DocumentActors:
     async def _run(self, call: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, call)
 
-    def _document(self, request: DocumentRequest, index: int) -> tuple[DocumentResponse, Part]:
+    async def _document(
+        self, request: DocumentRequest, content_id: str, context: Context
+    ) -> tuple[DocumentResponse, Part]:
         unique_id = request.document_unique_id
         if self._repository is None or request.repository_unique_id != self._repository.repository_unique_id:
             raise UnknownRepositoryId(f"{request.repository_unique_id} is not a repository here", unique_id)
-        stored = self._repository.find(unique_id)
-        if stored is None:
+        stored = await self._run(partial(self._repository.find, unique_id))
+        if stored is not None:
+            response = _response(request, stored.mime_type, content_id)
+            return response, Part(content_id, stored.mime_type, stored.size, stored.path)
+        made = await self._on_demand.make(unique_id, requester_of(context)) if self._on_demand else None
+        if made is None:
             raise DocumentUniqueIdError(f"no document {unique_id} in this repository", unique_id)
-        content_id = f"{index}.document@xca-imaging"
-        response = DocumentResponse(
-            request.home_community_id,
-            request.repository_unique_id,
-            unique_id,
-            stored.mime_type,
-            Reference(content_id),
+        response = replace(
+            _response(request, made.mime_type, content_id),
+            new_repository_unique_id=made.repository_unique_id,
+            new_document_unique_id=made.document_unique_id,
         )
-        return response, Part(content_id, stored.mime_type, stored.size, stored.path)
+        return response, Part(content_id, made.mime_type, len(made.content), made.content)
 
     # --- operations ---------------------------------------------------------------------------------------------------
 
@@ -144,12 +157,27 @@ class DocumentActors:
         return Answer(iti41.encode_response(response_to(registered.warnings)))
 
     async def _retrieve(self, request: RetrieveRequest, context: Context) -> Answer:
-        found, failed = await self.documents(request.documents)
+        found, failed = await self.documents(request.documents, context)
         errors = [error.at(asked.document_unique_id) for asked, error in failed]
         body = iti43.encode_response(
             RetrieveResponse(response_to(errors, found=len(found)), tuple(response for _, response, _ in found))
         )
         return Answer(body, [part for _, _, part in found])
+
+
+def _response(request: DocumentRequest, mime_type: str, content_id: str) -> DocumentResponse:
+    return DocumentResponse(
+        request.home_community_id,
+        request.repository_unique_id,
+        request.document_unique_id,
+        mime_type,
+        Reference(content_id),
+    )
+
+
+def requester_of(context: Context) -> Requester:
+    """Return who asks, as events keep it."""
+    return Requester(context.caller.name, context.message_id)
 
 
 def _next_batch(pieces: Iterator[bytes]) -> bytes:

@@ -8,6 +8,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 
 from lxml import etree
@@ -51,7 +52,7 @@ class RespondingGateway:
 
     async def _retrieve(self, request: RetrieveRequest, context: Context) -> Answer:
         ours, failed = self._split(request.documents)
-        found, not_found = await self._documents.documents(ours)
+        found, not_found = await self._documents.documents(ours, context)
         errors = [self._place(asked, error) for asked, error in [*failed, *not_found]]
         body = iti39.encode_response(
             RetrieveResponse(response_to(errors, found=len(found)), tuple(response for _, response, _ in found))
@@ -63,7 +64,7 @@ class RespondingGateway:
         images = Images((), (), ())
         if ours:
             images = await self._imaging_source.images(request.only(ours), context)
-        images = Images(images.documents, images.parts, (*failed, *images.failed))
+        images = replace(images, failed=(*failed, *images.failed))
         return answer_with(images, rad75.encode_response, self._place)
 
     def _split(

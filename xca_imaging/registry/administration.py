@@ -27,6 +27,7 @@ from xca_imaging.registry import events, patients, remove, submit, update
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.events import Requester
 from xca_imaging.registry.patients import Change
+from xca_imaging.registry.provide import Repository
 from xca_imaging.registry.remove import Removed
 from xca_imaging.registry.submit import Registered
 from xca_imaging.registry.tables import DocumentEntryRow, Kind, ObjectRow, Status
@@ -135,6 +136,11 @@ class Administration:
                     documents=" ".join(documents),
                 )
             return removed
+
+    def remove_document(self, repository: Repository, document_unique_id: str, requester: Requester) -> None:
+        """Remove a document from a repository of this node (ITI-86); see `Repository.remove` for the errors."""
+        with self._refusals("ITI-86", "remove", requester, "", [document_unique_id]):
+            repository.remove(document_unique_id, requester)
 
     def feed(self, message: FeedMessage, transaction: str, requester: Requester) -> list[Change]:
         """Apply a message of an identity feed (ITI-8, ITI-44).

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sqlalchemy import Connection, insert, select
+from sqlalchemy import Connection, delete, insert, select
 
 from xca_imaging import errors
 from xca_imaging.registry.tables import StoredDocumentRow
@@ -150,9 +150,13 @@ class DocumentStore:
 
     def remove_unnamed(self, connection: Connection, staged: Staged) -> None:
         """Remove a placed document that no row names, because its transaction failed after all."""
-        named = select(StoredDocumentRow.sha256).where(StoredDocumentRow.sha256 == staged.sha256).limit(1)
+        self.remove_content(connection, staged.sha256)
+
+    def remove_content(self, connection: Connection, sha256: str) -> None:
+        """Remove the file of a content that no row names; the caller has the writing transaction."""
+        named = select(StoredDocumentRow.sha256).where(StoredDocumentRow.sha256 == sha256).limit(1)
         if connection.scalar(named) is None:
-            self._path(staged.sha256).unlink(missing_ok=True)
+            self._path(sha256).unlink(missing_ok=True)
 
     def record(
         self, connection: Connection, repository_unique_id: str, document_unique_id: str, mime_type: str, staged: Staged
@@ -187,6 +191,19 @@ class DocumentStore:
         elif known.sha256 != staged.sha256:
             # The registry has compared SHA-1 and size before: what differs here is a collision of SHA-1.
             raise errors.NonIdenticalHash(document_unique_id)
+
+    def forget(self, connection: Connection, repository_unique_id: str, document_unique_id: str) -> str | None:
+        """Take a document's name away and return the SHA-256 of its content, None if there is no such document.
+
+        Its file goes with `remove_content`, once that is committed.
+        """
+        named = (
+            StoredDocumentRow.repository_unique_id == repository_unique_id,
+            StoredDocumentRow.document_unique_id == document_unique_id,
+        )
+        sha256 = connection.scalar(select(StoredDocumentRow.sha256).where(*named))
+        connection.execute(delete(StoredDocumentRow).where(*named))
+        return sha256
 
     def find(self, connection: Connection, repository_unique_id: str, document_unique_id: str) -> StoredDocument | None:
         """Return a document by its name.

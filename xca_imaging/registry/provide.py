@@ -13,14 +13,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from sqlalchemy import select
+
 from xca_imaging import errors, uids
 from xca_imaging.errors import RegistryError, SubmissionRefused
 from xca_imaging.metadata.model import DocumentEntry, Submission
 from xca_imaging.metadata.validate import validate_submission
-from xca_imaging.registry import submit
+from xca_imaging.registry import events, submit
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.documents import Content, DocumentStore, Staged, StoredDocument
+from xca_imaging.registry.events import Requester
 from xca_imaging.registry.submit import Registered
+from xca_imaging.registry.tables import DocumentEntryRow, ObjectRow
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +73,49 @@ class Repository:
         """
         with self._registry.database.reading() as connection:
             return self._store.find(connection, self.repository_unique_id, document_unique_id)
+
+    def remove(self, document_unique_id: str, requester: Requester) -> None:
+        """Remove a document for good (ITI-86); its metadata are the registry's to remove (ITI-62).
+
+        Raises
+        ------
+        errors.DocumentUniqueIdError
+            There is none of that id.
+        errors.RemoveDocumentsError
+            It is made on demand, or its file cannot be removed; then it has lost its name nonetheless.
+        """
+        database = self._registry.database
+        with database.writing() as connection:
+            sha256 = self._store.forget(connection, self.repository_unique_id, document_unique_id)
+            entries = connection.execute(
+                select(ObjectRow.patient_id, DocumentEntryRow.on_demand)
+                .join(DocumentEntryRow, DocumentEntryRow.id == ObjectRow.id)
+                .where(ObjectRow.unique_id == document_unique_id)
+            ).all()
+            if sha256 is None:
+                if any(entry.on_demand for entry in entries):
+                    text = "the document is made on demand: there is nothing stored"
+                    raise errors.RemoveDocumentsError(text, document_unique_id)
+                text = f"no document {document_unique_id} in this repository"
+                raise errors.DocumentUniqueIdError(text, document_unique_id)
+            events.record(
+                connection,
+                now=self._registry.now(),
+                transaction="ITI-86",
+                action="remove",
+                requester=requester,
+                patient_id=entries[0].patient_id if entries else "",
+                objects=[document_unique_id],
+                repository_unique_id=self.repository_unique_id,
+                sha256=sha256,
+            )
+        try:
+            # Not in the transaction above: were it rolled back, the document would be without its file.
+            with database.writing() as connection:
+                self._store.remove_content(connection, sha256)
+        except OSError as problem:
+            text = f"its file cannot be removed: {problem.strerror}"
+            raise errors.RemoveDocumentsError(text, document_unique_id) from problem
 
     def _stage(self, entry: DocumentEntry, content: Content) -> Staged:
         staged = self._store.stage(content)

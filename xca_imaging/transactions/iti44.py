@@ -229,23 +229,32 @@ def decode_response(transaction: Transaction, body: etree._Element | None) -> Ac
     )
 
 
-def encode_response(request: Request, *, message_id: str, creation_time: str, reason: str = "") -> etree._Element:
+def encode_response(
+    request: Request | None, *, message_id: str, creation_time: str, reason: str = ""
+) -> etree._Element:
     """Return the acknowledgement of a message: accepted, or an error for a reason.
 
     Parameters
     ----------
+    request : Request, optional
+        None for a message that could not be read.
     message_id : str
         Root of the acknowledgement's own id: an OID or a UUID.
     creation_time : str
         HL7 V3 TS.
     """
     # An acknowledgement goes back the way that its message came.
-    message = _envelope(ITI44_ADD.response_root, message_id, creation_time, request.receiver, request.sender)
+    ends = (request.receiver, request.sender) if request else (Device(""), Device(""))
+    message = _envelope(ITI44_ADD.response_root, message_id, creation_time, *ends)
     acknowledgement = _add(message, "acknowledgement")
     _add(acknowledgement, "typeCode", code=ERROR if reason else ACCEPTED)
-    target = _add(_add(acknowledgement, "targetMessage"), "id", root=request.root)
-    if request.extension:
-        target.set("extension", request.extension)
+    target = _add(acknowledgement, "targetMessage")
+    if request is None:
+        _add(target, "id", nullFlavor="UNK")
+    elif request.extension:
+        _add(target, "id", root=request.root, extension=request.extension)
+    else:
+        _add(target, "id", root=request.root)
     if reason:
         detail = _add(acknowledgement, "acknowledgementDetail", typeCode="E")
         _add(detail, "text").text = xml.printable(reason)
