@@ -479,6 +479,10 @@ class StudyNotFound(ManifestError):
     """The PACS answers to the end and has no such study."""
 
 
+class ReportError(ImagingError):
+    """An encapsulated document is not what it says it is."""
+
+
 class SpoolFull(ImagingError):
     """The spool's quota, or the disk behind it, has no room; DIMSE status 0xA700."""
 

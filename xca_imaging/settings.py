@@ -194,6 +194,7 @@ class Publish(Section):
     watch: bool = False
     interval: Duration = 60.0
     days: Annotated[int, Field(ge=0)] = 7
+    reports: bool = False
 
 
 class ImagingSource(Section):

@@ -109,6 +109,7 @@ class Registry:
             for entry in self.entries.values()
             if entry.patient_id == asked.patient_id
             and entry.availability_status in asked.status
+            and (not asked.format_codes or entry.format_code in asked.format_codes)
             and set(references) & set(entry.reference_ids)
         ]
         return QueryResponse(uids.STATUS_SUCCESS, (), Submission(documents=tuple(found)))

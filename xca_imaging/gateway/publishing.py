@@ -40,6 +40,7 @@ from xca_imaging.errors import (
     XcaImagingError,
 )
 from xca_imaging.gateway.publications import Publications
+from xca_imaging.gateway.reports import Reports, compare_reports, instances_of, registered_reports
 from xca_imaging.imaging import manifest as manifests
 from xca_imaging.imaging.backends.cfind import Finder
 from xca_imaging.imaging.document_entry import (
@@ -48,6 +49,7 @@ from xca_imaging.imaging.document_entry import (
     escape,
     same_description,
     study_reference_id,
+    with_documents,
     zone_of,
 )
 from xca_imaging.imaging.ledger import Want
@@ -221,6 +223,8 @@ class Publisher:
     patient_id : Identifier, optional
         Of the affinity domain, for all studies. Without it the department's own id is registered, with the issuer
         found in the images, else with `pacs.assigning_authority`.
+    with_reports : bool
+        Register encapsulated PDF and CDA as documents of their own, too.
     executor : Executor, optional
         For C-FIND, and for building and reading manifests.
     """
@@ -233,6 +237,7 @@ class Publisher:
     objects: ObjectSource | None = None
     memory: Publications | None = None
     patient_id: Identifier | None = None
+    with_reports: bool = False
     executor: Executor | None = None
     now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
     uid_factory: Callable[[], str] = new_uid
@@ -351,24 +356,32 @@ class Publisher:
         entry, patient_id = prepared.entry, prepared.entry.patient_id
         same_patient = [each for each, _ in prepared.registered if each.patient_id == patient_id]
         others = [each for each, _ in prepared.registered if each.patient_id != patient_id]
-        reasons = []
+        reports = await self._reports(prepared, contents)
+        reasons = [*reports.left_out]
         if prepared.rejected:
             reasons.append(f"{prepared.rejected} rejected instances and notes left out")
         if len(same_patient) > 1:
             older = ", ".join(each.unique_id for each in same_patient[1:])
             reasons.append(f"older manifests of the same images stay registered: {older}")
-        outcome: Outcome
+        outcome: Outcome = "replaced" if same_patient else "registered"
+        submission, documents = prepared.submission, {entry.entry_uuid: prepared.content}
         if same_patient and prepared.is_same(*prepared.registered[0]):
             outcome, entry = "unchanged", same_patient[0]
-        else:
-            response = await self.repository.provide_and_register(
-                prepared.submission, {entry.entry_uuid: prepared.content}
-            )
+            submission, documents = replace(submission, documents=(), associations=()), {}
+        if reports.new:
+            outcome = "registered" if outcome == "unchanged" else outcome
+            reasons.append(f"{len(reports.new)} reports registered")
+            documents |= {report.entry_uuid: content for report, content in reports.new}
+            submission = with_documents(submission, [report for report, _ in reports.new], self.uuid_factory)
+        if documents:
+            response = await self.repository.provide_and_register(submission, documents)
             if not response.succeeded:
-                raise _failure("repository", response.status, response.errors)
-            outcome = "replaced" if same_patient else "registered"
+                raise failure("repository", response.status, response.errors)
+        if reports.gone:
+            await self._deprecate(reports.gone)
+            reasons.append(f"{len(reports.gone)} reports withdrawn")
         if others:
-            await self._deprecate(others)
+            await self._deprecate([*others, *await self._reports_of(others, contents, prepared.registered)])
             reasons.append("deprecated under the patient that it had before")
         await self._remember(contents, patient_id)
         return Published(
@@ -381,13 +394,36 @@ class Publisher:
             instances=prepared.manifest.number_of_instances,
         )
 
+    async def _reports(self, prepared: Prepared, contents: StudyContents) -> Reports:
+        if not self.with_reports:
+            return Reports()
+        study, patient_id = contents.facts.study_instance_uid, prepared.entry.patient_id
+        instances = instances_of(contents, [manifest for _, manifest in prepared.registered])
+        registered = await registered_reports(self, study, patient_id, instances)
+        return await compare_reports(self, prepared.contents, prepared.entry, registered)
+
+    async def _reports_of(
+        self,
+        entries: Sequence[DocumentEntry],
+        contents: StudyContents | None,
+        registered: Sequence[tuple[DocumentEntry, Manifest]],
+    ) -> list[DocumentEntry]:
+        """Return the registered reports beside manifests that are to go."""
+        found: list[DocumentEntry] = []
+        if self.with_reports:
+            instances = instances_of(contents, [manifest for _, manifest in registered])
+            study = registered[0][1].study_instance_uid
+            for patient_id in dict.fromkeys(entry.patient_id for entry in entries):
+                found += await registered_reports(self, study, patient_id, instances)
+        return found
+
     async def _withdraw(self, study_instance_uid: str, reason: str, patient_id: Identifier | None) -> Published:
         """Deprecate what is registered of a study of which nothing is left to be had."""
         registered = await self._registered(study_instance_uid, patient_id)
         if not registered:
             raise NotPublished(f"{reason}, and nothing is registered of it that could be withdrawn")
         entries = [entry for entry, _ in registered]
-        await self._deprecate(entries)
+        await self._deprecate([*entries, *await self._reports_of(entries, None, registered)])
         if self.memory is not None:
             await self.run(self.memory.forget, self.pacs.name, study_instance_uid)
         return Published(
@@ -409,7 +445,7 @@ class Publisher:
             )
             response = await self.repository.update(submission)
             if not response.succeeded:
-                raise _failure("registry", response.status, response.errors)
+                raise failure("registry", response.status, response.errors)
 
     async def _remember(self, contents: StudyContents, patient_id: str) -> None:
         if self.memory is None:
@@ -493,7 +529,7 @@ class Publisher:
         response = await self.repository.stored_query(StoredQuery(query))
         if not response.succeeded or response.problems:
             # An entry that is overlooked would be registered a second time.
-            raise _failure("registry", response.status, (*response.errors, *response.problems))
+            raise failure("registry", response.status, (*response.errors, *response.problems))
         found = []
         for entry in response.objects.documents:
             if study_instance_uid not in entry.study_instance_uids:
@@ -537,6 +573,7 @@ def publishers_of(
             objects=objects,
             memory=memory,
             patient_id=patient_id,
+            with_reports=settings.publish.reports,
             executor=executor,
         )
         for pacs in settings.pacs
@@ -557,7 +594,8 @@ def is_ours(manifest: Manifest, pacs: Pacs) -> bool:
     } == {pacs.retrieve_location_uid}
 
 
-def _failure(who: str, status: str, errors: Sequence[RegistryError]) -> Exception:
+def failure(who: str, status: str, errors: Sequence[RegistryError]) -> Exception:
+    """Return the error of an answer that is no success."""
     if errors:
         return SubmissionRefused(errors)
     return NotPublished(f"the {who} answered {status or 'without a status'} and gave no error")

@@ -16,11 +16,13 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta, timezone, tzinfo
 
 from xca_imaging import uids
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.imaging.profile import Profile
+from xca_imaging.imaging.reports import ENCAPSULATED_PDF, Report
 from xca_imaging.imaging.study import ImagingRequest, Patient, SeriesFacts, StudyContents
 from xca_imaging.metadata.model import Association, Author, Code, DocumentEntry, Identifier, Submission, SubmissionSet
 
@@ -123,6 +125,72 @@ def describe(
             Association(entry_uuid=uuid_factory(), type=uids.RPLC, source=entry.entry_uuid, target=replaces)
         )
     return Submission((submission_set,), (entry,), (), tuple(associations))
+
+
+def describe_report(
+    report: Report,
+    beside: DocumentEntry,
+    *,
+    profile: Profile,
+    now: datetime,
+    uid_factory: Callable[[], str],
+    uuid_factory: Callable[[], str],
+) -> DocumentEntry:
+    """Return the entry of a report of a study.
+
+    The document is not the DICOM object that it lies in, so it has a uniqueId of its own; the object is in its
+    referenceIdList.
+
+    Parameters
+    ----------
+    beside : DocumentEntry
+        Of the study's manifest: patient, time, author and the rest of what both have in common.
+    """
+    codes = profile.reports
+    typed = [registered for code in report.codes if (registered := profile.registered(code))]
+    is_pdf = report.sop_class_uid == ENCAPSULATED_PDF
+    created = to_dtm(report.content_date, report.content_time, report.timezone_offset, profile.timezone)
+    return replace(
+        beside,
+        entry_uuid=uuid_factory(),
+        unique_id=uid_factory(),
+        mime_type=report.mime_type,
+        title=(report.title or beside.title)[:_MAX_TITLE],
+        creation_time=created or now.astimezone(UTC).strftime("%Y%m%d%H%M%S"),
+        hash=hashlib.sha1(report.content, usedforsecurity=False).hexdigest(),
+        size=len(report.content),
+        class_code=codes.class_,
+        type_code=typed[0] if typed else codes.type,
+        format_code=codes.pdf_format if is_pdf else codes.cda_format,
+        reference_ids=(*beside.reference_ids, report_reference_id(report.sop_instance_uid)),
+    )
+
+
+def report_reference_id(sop_instance_uid: str) -> str:
+    """Return the CXi of the DICOM object that a report lies in."""
+    return f"{sop_instance_uid}^^^^{uids.REFERENCE_UNIQUE_ID}"
+
+
+def with_documents(
+    submission: Submission, documents: Sequence[DocumentEntry], uuid_factory: Callable[[], str]
+) -> Submission:
+    """Return a submission with more documents in its SubmissionSet."""
+    (submission_set,) = submission.submission_sets
+    memberships = tuple(
+        Association(
+            entry_uuid=uuid_factory(),
+            type=uids.HAS_MEMBER,
+            source=submission_set.entry_uuid,
+            target=document.entry_uuid,
+            submission_set_status="Original",
+        )
+        for document in documents
+    )
+    return replace(
+        submission,
+        documents=(*submission.documents, *documents),
+        associations=(*submission.associations, *memberships),
+    )
 
 
 def describe_deprecation(

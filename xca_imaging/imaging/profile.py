@@ -86,6 +86,15 @@ class Codes(Section):
     practice_setting: _Code
 
 
+class Reports(Section):
+    """`[reports]`: the codes of reports that are registered beside a manifest."""
+
+    class_: Annotated[_Code, Field(alias="class")]
+    type: _Code
+    pdf_format: _Code
+    cda_format: _Code
+
+
 class Profile(Section):
     """A whole profile."""
 
@@ -94,6 +103,7 @@ class Profile(Section):
     accession_assigning_authority: Oid = ""
     author_institution: str = ""
     codes: Codes
+    reports: Reports
     coding_schemes: dict[str, Oid]
     modalities: dict[str, str]
     regions: dict[str, Region]
