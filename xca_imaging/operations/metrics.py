@@ -7,6 +7,8 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from xca_imaging.imaging.ledger import Summary
+
 
 class Metrics:
     """Counters that the gateway raises and gauges that are read when asked for."""
@@ -21,6 +23,14 @@ class Metrics:
         self._instances = Counter(
             "xca_imaging_instances", "Instances asked for by RAD-69 and RAD-75", ["state"], registry=self._registry
         )
+        self._spooled = Counter(
+            "xca_imaging_instances_from_spool", "Instances held without asking a PACS", registry=self._registry
+        )
+        self._changed = Counter("xca_imaging_instances_changed", "Instances transcoded", registry=self._registry)
+        self._brought = Counter(
+            "xca_imaging_instances_brought", "Instances that PACSs sent, by method", ["method"], registry=self._registry
+        )
+        self._bytes = Counter("xca_imaging_held_bytes", "Bytes of all instances held", registry=self._registry)
         self._published = Counter(
             "xca_imaging_published",
             "Studies looked at for publishing, by what became of them",
@@ -41,10 +51,15 @@ class Metrics:
         """One request ended: answered, refused (RegistryErrors only) or fault."""
         self._requests.labels(transaction, outcome).inc()
 
-    def instances(self, *, held: int, failed: int) -> None:
-        """One retrieval ended with so many instances held and failed."""
-        self._instances.labels("held").inc(held)
-        self._instances.labels("failed").inc(failed)
+    def retrieval(self, summary: Summary) -> None:
+        """One retrieval ended, and this is what its ledger says."""
+        for state, count in (("held", summary.held), ("failed", summary.failed), ("given up", summary.open)):
+            self._instances.labels(state).inc(count)
+        self._spooled.inc(summary.cached)
+        self._changed.inc(summary.changed)
+        self._bytes.inc(summary.size)
+        for method, count in summary.methods.items():
+            self._brought.labels(method).inc(count)
 
     def published(self, pacs: str, outcome: str) -> None:
         """One study was registered, unchanged, replaced, withdrawn or refused."""
