@@ -21,12 +21,12 @@ from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import (
     Published,
     Publisher,
-    Repository,
     Selection,
     identifier_of,
     publish,
     publishers_of,
 )
+from xca_imaging.gateway.publishing_peers import Repository
 from xca_imaging.gateway.repositories import RepositoryElsewhere, RetrievedObjects, SoapRepository
 from xca_imaging.gateway.watching import Follower, Watch
 from xca_imaging.operations.metrics import Metrics

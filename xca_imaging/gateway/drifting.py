@@ -19,7 +19,8 @@ from datetime import date, timedelta
 from typing import Literal
 
 from xca_imaging.errors import ConnectFailed, ManifestError, PeerError, PeerTimeout, RegistryError
-from xca_imaging.gateway.publishing import NotPublished, Publisher, Selection, identifier_of, is_ours
+from xca_imaging.gateway.publishing import Publisher, Selection, identifier_of, is_ours
+from xca_imaging.gateway.publishing_peers import NotPublished
 from xca_imaging.gateway.watching import windows
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.imaging.study import StudyFacts

@@ -28,7 +28,8 @@ from xca_imaging.errors import (
     StudyNotFound,
     SubmissionRefused,
 )
-from xca_imaging.gateway.publishing import NotPublished, Prepared, Publisher, identifier_of
+from xca_imaging.gateway.publishing import Prepared, Publisher, identifier_of
+from xca_imaging.gateway.publishing_peers import NotPublished
 from xca_imaging.metadata.model import Association, DocumentEntry, Submission
 from xca_imaging.registry.administration import Administration
 from xca_imaging.registry.documents import Content

@@ -21,12 +21,12 @@ import asyncio
 import logging
 import ssl
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime
-from typing import Literal, Protocol, TypeVar, TypeVarTuple
+from typing import Literal, TypeVar, TypeVarTuple
 
 from xca_imaging import uids
 from xca_imaging.errors import (
@@ -37,9 +37,9 @@ from xca_imaging.errors import (
     RegistryError,
     StudyNotFound,
     SubmissionRefused,
-    XcaImagingError,
 )
 from xca_imaging.gateway.publications import Publications
+from xca_imaging.gateway.publishing_peers import NotPublished, ObjectSource, Repository, StudyFinder, failure
 from xca_imaging.gateway.reports import Reports, compare_reports, instances_of, registered_reports
 from xca_imaging.imaging import manifest as manifests
 from xca_imaging.imaging.backends.cfind import Finder
@@ -55,12 +55,10 @@ from xca_imaging.imaging.document_entry import (
 from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.imaging.profile import Profile, load_profile
-from xca_imaging.imaging.study import Patient, SeriesFacts, StudyContents, StudyFacts, series_signature
+from xca_imaging.imaging.study import Patient, StudyContents, StudyFacts, series_signature
 from xca_imaging.metadata.model import DocumentEntry, Identifier, Submission
 from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
 from xca_imaging.settings import Pacs, Settings
-from xca_imaging.transactions.adhoc_query import QueryResponse
-from xca_imaging.transactions.registry_response import RegistryResponse
 
 log = logging.getLogger(__name__)
 
@@ -71,52 +69,6 @@ Outcome = Literal["registered", "unchanged", "replaced", "withdrawn", "refused"]
 
 _MAX_KEY_OBJECTS = 1000  # of a study: a reading room leaves a few, and each is fetched
 _KEY_OBJECTS_AT_ONCE = 20
-
-
-class StudyFinder(Protocol):
-    """What is asked of a PACS; all methods block. `imaging.backends.cfind.Finder` is one."""
-
-    def find_studies(
-        self,
-        *,
-        study_instance_uid: str = "",
-        patient_id: str = "",
-        since: date | None = None,
-        until: date | None = None,
-    ) -> list[StudyFacts]: ...
-
-    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]: ...
-
-    def read_study(self, study_instance_uid: str) -> StudyContents: ...
-
-
-class Repository(Protocol):
-    """Where manifests are registered: a repository and the registry behind it. All methods raise PeerError."""
-
-    async def stored_query(self, query: StoredQuery) -> QueryResponse:
-        """ITI-18."""
-
-    async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
-        """ITI-43; raises RegistryError for a document that is not to be had."""
-
-    async def provide_and_register(self, submission: Submission, documents: Mapping[str, bytes]) -> RegistryResponse:
-        """RAD-68, `documents` by entryUUID of their entry."""
-
-    async def update(self, submission: Submission) -> RegistryResponse:
-        """ITI-57; raises NotPublished where there is no registry that it could be sent to."""
-
-
-class ObjectSource(Protocol):
-    """Where objects of a study come from that say more than C-FIND does."""
-
-    async def fetch(self, wants: Sequence[Want], max_bytes: int) -> Mapping[str, bytes]:
-        """Return whole objects as Part 10 files by SOP Instance UID: all of them.
-
-        Raises
-        ------
-        RegistryError, PeerError
-            One of them is not to be had, or they are longer than `max_bytes` in all.
-        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,10 +92,6 @@ class Published:
     document_unique_id: str = ""
     series: int = 0
     instances: int = 0
-
-
-class NotPublished(XcaImagingError):
-    """This study cannot be published, or not taken back, as it is; the text says what to do."""
 
 
 def new_uid() -> str:
@@ -592,13 +540,6 @@ def is_ours(manifest: Manifest, pacs: Pacs) -> bool:
     return (manifest.title.code, manifest.title.scheme) == (title.code, title.scheme) and {
         series.retrieve_location_uid for study in manifest.studies for series in study.series
     } == {pacs.retrieve_location_uid}
-
-
-def failure(who: str, status: str, errors: Sequence[RegistryError]) -> Exception:
-    """Return the error of an answer that is no success."""
-    if errors:
-        return SubmissionRefused(errors)
-    return NotPublished(f"the {who} answered {status or 'without a status'} and gave no error")
 
 
 def _authority(patient: Patient, pacs: Pacs) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from xca_imaging import uids
 from xca_imaging.errors import PeerError, RegistryError, ReportError
+from xca_imaging.gateway.publishing_peers import failure
 from xca_imaging.imaging.document_entry import describe_report, report_reference_id, study_reference_id
 from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.manifest import Manifest
@@ -102,8 +103,6 @@ async def registered_reports(
     SubmissionRefused, NotPublished
         The registry does not say.
     """
-    from xca_imaging.gateway.publishing import failure
-
     query = FindDocuments(
         patient_id=patient_id,
         status=(uids.APPROVED,),

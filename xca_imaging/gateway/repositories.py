@@ -25,8 +25,8 @@ from xca_imaging.errors import (
 )
 from xca_imaging.gateway.peers import Endpoint, MemorySink, SoapClient
 from xca_imaging.gateway.publications import Publications, Sent
-from xca_imaging.gateway.publishing import NotPublished
-from xca_imaging.gateway.publishing import Repository as PublishingRepository
+from xca_imaging.gateway.publishing_peers import NotPublished
+from xca_imaging.gateway.publishing_peers import Repository as PublishingRepository
 from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.transfer import Transfers
 from xca_imaging.metadata import ebrim

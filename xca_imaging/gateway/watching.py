@@ -31,7 +31,8 @@ from typing import TypeVar, TypeVarTuple
 from xca_imaging.errors import ConnectFailed, ManifestError, NotificationError, PeerError, PeerTimeout
 from xca_imaging.gateway.peers import Endpoint, SoapClient
 from xca_imaging.gateway.publications import Publications, StudyRecord
-from xca_imaging.gateway.publishing import Published, Publisher, Repository, Selection, publishers_of
+from xca_imaging.gateway.publishing import Published, Publisher, Selection, publishers_of
+from xca_imaging.gateway.publishing_peers import Repository
 from xca_imaging.gateway.repositories import RepositoryElsewhere, TransferredObjects
 from xca_imaging.imaging.availability import Availability, read_notification
 from xca_imaging.imaging.study import NO_NUMBERS, StudyFacts, series_signature, study_signature
