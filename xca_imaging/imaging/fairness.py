@@ -112,6 +112,15 @@ class FairQueue:
                             return None
         return None
 
+    def has_other(self, accept: Accept) -> bool:
+        """Tell whether somebody waits for what is accepted otherwise."""
+        return any(
+            batch.request.accept != accept
+            for level in self._levels.values()
+            for asker in tuple(level.flows)
+            for batch in self._heads(level, asker)
+        )
+
     def charge(self, batch: Batch, cost: float, now: float) -> None:
         """Note that a move of a batch was started: it was its level's and its asker's turn."""
         level = self._levels[batch.request.priority]

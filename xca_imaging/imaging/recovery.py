@@ -103,6 +103,7 @@ class Recovery:
         move = self._waitlist.moves.pop(event.move)
         pacs = move.pacs
         del pacs.moves[move]
+        pacs.learn_speed(move, now)
         self._waitlist.touch(pacs)
         for fetch in tuple(move.fetches):
             if not fetch.waiters:

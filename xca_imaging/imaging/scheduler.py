@@ -57,7 +57,7 @@ from xca_imaging.imaging.plan import SeriesFetch
 from xca_imaging.imaging.recovery import Recovery
 from xca_imaging.imaging.stores import Stores
 from xca_imaging.imaging.waitlist import Waitlist
-from xca_imaging.imaging.workload import Batch, Fetch, Move, Pacs, Stage, size_of_move
+from xca_imaging.imaging.workload import Accept, Batch, Fetch, Move, Pacs, Stage, size_of_move
 
 _UNIT = 512 * 1024
 """Bytes for which an instance counts once in an asker's share: a CT slice. Larger ones count by their size."""
@@ -114,7 +114,7 @@ class Scheduler:
         max_waiting: int = 200_000,
         min_room: int = 2**20,
         ageing: float = 60.0,
-        patience: float = 10.0,
+        patience: float = 20.0,
         method_memory: float = 300.0,
     ) -> None:
         self._stall_timeout, self._patience = stall_timeout, patience
@@ -400,11 +400,23 @@ class Scheduler:
         is_due = request.priority is Priority.EMERGENCY or now - pacs.blocked_since >= self._patience
         return Fit.WAIT if is_due else Fit.SKIP
 
+    def _take_turn(self, pacs: Pacs, accept: Accept, now: float) -> float | None:
+        """Let C-MOVEs bring what is accepted; return for how long, None while nothing else waits."""
+        if accept != pacs.accept:
+            pacs.accept, pacs.blocked_since = accept, None
+        if not pacs.queue.has_other(accept):
+            pacs.blocked_since = None
+            return None
+        if pacs.blocked_since is None:
+            pacs.blocked_since = now
+        return max(0.0, pacs.blocked_since + self._patience - now)
+
     def _start_move(self, pacs: Pacs, batch: Batch, now: float) -> None:
-        level, count = size_of_move(batch)
         request, head = batch.request, batch.fetches[0]
         way = pacs.way(head.way, now)
         assert way is not None
+        time_left = self._take_turn(pacs, request.accept, now) if pacs.methods[way] == "c-move" else None
+        level, count = size_of_move(batch, time_left=time_left)
         if level == "STUDY":
             fetches = [fetch for each in batch.study or () for fetch in each.take(count)]
         else:
@@ -415,8 +427,6 @@ class Scheduler:
         pacs.moves[move] = None
         self._waitlist.moves[number] = move
         move.breaker.start(number)
-        if move.method == "c-move" and accept != pacs.accept:
-            pacs.accept, pacs.blocked_since = accept, None
         for fetch in fetches:
             fetch.move = move
             fetch.started = fetch.started if fetch.tries else now

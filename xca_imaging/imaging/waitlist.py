@@ -121,7 +121,6 @@ class Waitlist:
         pacs = self.pacs[series.pacs]
         study, number = series.study_instance_uid, series.series_instance_uid
         fetch = Fetch(pacs, study, number, uid, accept, series.verify, sop_class, estimate)
-        pacs.counts[fetch.stage] += 1
         self.promised += estimate
         self.fetches[fetch.key] = fetch
         self.by_uid.setdefault(uid, []).append(fetch)
@@ -134,11 +133,8 @@ class Waitlist:
 
     def close(self, fetch: Fetch) -> None:
         """End a fetch, whatever became of it."""
-        fetch.is_open = False
-        fetch.pacs.counts[fetch.stage] -= 1
+        fetch.enter(Stage.CLOSED)  # its batches drop what is not queued when they come to it
         fetch.pacs.paused.pop(fetch, None)
-        # Its batches drop what is not queued when they come to it.
-        fetch.stage = Stage.SETTLING
         self.promised -= fetch.estimate
         del self.fetches[fetch.key]
         same = self.by_uid[fetch.uid]

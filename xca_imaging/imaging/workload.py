@@ -27,14 +27,15 @@ Key = tuple[str, str, str, str, Accept]
 """PACS, study, series, SOP Instance UID, accepted transfer syntaxes."""
 
 
-class Stage(enum.IntEnum):
+class Stage(enum.Enum):
     """Where a fetch stands."""
 
-    QUEUED = 0  # in a batch of each request that waits for it
-    PAUSED = 1  # will be queued again
-    MOVING = 2  # a move is to bring it
-    SETTLING = 3  # its move has ended, it may still come
-    CHECKING = 4  # C-FIND tells whether it exists
+    QUEUED = enum.auto()  # in a batch of each request that waits for it
+    PAUSED = enum.auto()  # will be queued again
+    MOVING = enum.auto()  # a move is to bring it
+    SETTLING = enum.auto()  # its move has ended, it may still come
+    CHECKING = enum.auto()  # C-FIND tells whether it exists
+    CLOSED = enum.auto()
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +77,6 @@ class Fetch:
     is_checked: bool = False
     started: float = 0.0
     one_by_one: bool = False  # a list with it in was not understood
-    is_open: bool = True
     reason: RegistryError | None = None  # why the last attempt did not bring it
     earlier: str = ""  # why the ways before did not
     syntax_error: RegistryError | None = None
@@ -85,11 +85,23 @@ class Fetch:
     def key(self) -> Key:
         return self.pacs.name, self.study, self.series, self.uid, self.accept
 
+    @property
+    def is_open(self) -> bool:
+        return self.stage is not Stage.CLOSED
+
     def enter(self, stage: Stage) -> None:
         """Change the stage, and the PACS's counts with it."""
-        counts = self.pacs.counts
-        counts[self.stage] -= 1
-        counts[stage] += 1
+        pacs = self.pacs
+        if self.stage is Stage.QUEUED:
+            pacs.queued[self.accept] -= 1
+            if not pacs.queued[self.accept]:
+                del pacs.queued[self.accept]
+        elif self.stage is Stage.MOVING:
+            pacs.moving -= 1
+        if stage is Stage.QUEUED:
+            pacs.queued[self.accept] = pacs.queued.get(self.accept, 0) + 1
+        elif stage is Stage.MOVING:
+            pacs.moving += 1
         self.stage = stage
 
 
@@ -182,10 +194,12 @@ class Pacs:
     moves: dict[Move, None] = field(default_factory=dict)
     queries: set[int] = field(default_factory=set)
     waiting_queries: deque[int] = field(default_factory=deque)
-    counts: list[int] = field(default_factory=lambda: [0] * len(Stage))  # open fetches by stage
+    queued: dict[Accept, int] = field(default_factory=dict)  # fetches in batches, by what is accepted
+    moving: int = 0  # fetches that moves are to bring
     paused: dict[Fetch, None] = field(default_factory=dict)  # will be queued again
     pause_until: float = 0.0
-    blocked_since: float | None = None  # a batch waits for C-MOVEs with other accepted syntaxes to end
+    blocked_since: float | None = None  # since when batches wait for C-MOVEs with other accepted syntaxes to end
+    seconds_each: float = 0.05  # of an instance in a move, running mean
     is_waiting_to_close: bool = False
     busy_streak: int = 0
     good_moves: int = 0  # since the window was changed
@@ -232,6 +246,11 @@ class Pacs:
         self.pause_until = now + pause(self.busy_streak)
         return True
 
+    def learn_speed(self, move: Move, now: float) -> None:
+        """Take into account how long a move took for what it brought; too few instances tell nothing."""
+        if move.arrived >= 8:
+            self.seconds_each += 0.2 * ((now - move.started) / move.arrived - self.seconds_each)
+
     def widen(self) -> None:
         """A move ended well: after as many of them as fit beside each other, try one more at a time."""
         self.busy_streak = 0
@@ -254,7 +273,9 @@ class Store:
     told: int = 0  # bytes that were heard of
 
 
-def size_of_move(batch: Batch, *, min_share: int = 32, slack: float = 1.25) -> tuple[Level, int]:
+def size_of_move(
+    batch: Batch, *, time_left: float | None = None, min_share: int = 32, slack: float = 1.25
+) -> tuple[Level, int]:
     """Return the level at which a batch is moved next, and how many instances at most.
 
     The PACS's associations are kept busy to the end: when fewer moves are left than associations, the batch is split
@@ -263,6 +284,8 @@ def size_of_move(batch: Batch, *, min_share: int = 32, slack: float = 1.25) -> t
 
     Parameters
     ----------
+    time_left : float, optional
+        Seconds after which nothing more is started, until all moves have ended: they are to end together.
     min_share : int
         Instances below which a share is not worth a move: an association and an identifier cost a PACS about as much
         as some instances.
@@ -272,8 +295,11 @@ def size_of_move(batch: Batch, *, min_share: int = 32, slack: float = 1.25) -> t
     head = batch.fetches[0]
     pacs, budget = head.pacs, head.pacs.budget
     limit = 1 if head.one_by_one or pacs.lists_fail else budget.uid_list_limit
-    even = -(-(pacs.counts[Stage.QUEUED] + pacs.counts[Stage.MOVING]) // pacs.window)
+    even = -(-(pacs.queued.get(head.accept, 0) + pacs.moving) // pacs.window)
     share = max(min_share, even)
+    if time_left is not None:
+        even = min(even, int(time_left / pacs.seconds_each))
+        share = max(min_share, min(share, even))
     if budget.bytes_per_second:  # moves of at most some seconds, so that the rate is even
         share = max(1, min(share, int(10 * budget.bytes_per_second / head.estimate)))
     if budget.level != "image" and batch.is_whole:
