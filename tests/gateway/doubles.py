@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 
 from tests.imaging import studies
 from xca_imaging import settings, uids
+from xca_imaging.data_files import data_folder
 from xca_imaging.errors import DocumentUniqueIdError, StudyNotFound
 from xca_imaging.imaging.ledger import Want
+from xca_imaging.imaging.profile import Profile, read_profile
 from xca_imaging.imaging.study import SeriesFacts, StudyContents, StudyFacts
 from xca_imaging.metadata.model import DocumentEntry, Submission
 from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
@@ -26,6 +29,12 @@ PACS = settings.Pacs(
     retrieve_location_uid="1.3.6.1.4.1.21367.13.80.110",
     assigning_authority=studies.AUTHORITY,
 )
+
+
+@cache
+def profile() -> Profile:
+    """Return the default profile, read once."""
+    return read_profile(data_folder("profiles") / "ihe.toml")
 
 
 class Objects:

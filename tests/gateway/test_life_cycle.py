@@ -10,16 +10,14 @@ from pathlib import Path
 import pytest
 from pydicom.dataset import Dataset
 
-from tests.gateway.doubles import PACS, Archive, Clock, Objects, Registry
+from tests.gateway.doubles import PACS, Archive, Clock, Objects, Registry, profile
 from tests.imaging import studies
 from tests.support import rejection
 from xca_imaging import uids
-from xca_imaging.data_files import data_folder
 from xca_imaging.errors import RegistryMetadataError, RepositoryError
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Published, Publisher
 from xca_imaging.imaging import manifest
-from xca_imaging.imaging.profile import read_profile
 from xca_imaging.imaging.study import InstanceFacts, SeriesContents, SeriesFacts, StudyContents
 from xca_imaging.transactions.registry_response import RegistryResponse
 
@@ -36,7 +34,7 @@ class Desk:
             pacs=PACS,
             finder=self.archive,
             repository=self.registry,
-            profile=read_profile(data_folder("profiles") / "ihe.toml"),
+            profile=profile(),
             source_id="1.3.6.1.4.1.21367.2017.1",
             objects=self.objects,
             memory=self.memory,

@@ -12,17 +12,15 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.doubles import PACS, Archive, Clock, Objects
+from tests.gateway.doubles import PACS, Archive, Clock, Objects, profile
 from tests.imaging import studies
 from xca_imaging import uids
-from xca_imaging.data_files import data_folder
 from xca_imaging.errors import DocumentUniqueIdError, RegistryMetadataError, UnknownRepositoryId
 from xca_imaging.gateway.peers import Endpoint
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Publisher, new_uid, new_uuid
 from xca_imaging.gateway.repositories import NodeRepository, RepositoryElsewhere
 from xca_imaging.imaging import manifest
-from xca_imaging.imaging.profile import read_profile
 from xca_imaging.metadata.model import Submission
 from xca_imaging.registry.administration import Administration
 from xca_imaging.registry.document_registry import Registry
@@ -61,7 +59,7 @@ def publisher(archive: Archive, repository: Any, memory: Publications) -> Publis
         pacs=PACS,
         finder=archive,
         repository=repository,
-        profile=read_profile(data_folder("profiles") / "ihe.toml"),
+        profile=profile(),
         source_id="1.3.6.1.4.1.21367.2017.1",
         objects=Objects(),
         memory=memory,

@@ -12,16 +12,14 @@ from pathlib import Path
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
 
-from tests.gateway.doubles import PACS, Archive, Clock, Objects, Registry
+from tests.gateway.doubles import PACS, Archive, Clock, Objects, Registry, profile
 from tests.imaging import studies
 from tests.imaging.test_availability import notification, written
-from xca_imaging.data_files import data_folder
 from xca_imaging.errors import ConnectFailed, ManifestError, PeerTimeout
 from xca_imaging.gateway import watching
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Published, Publisher, new_uid, new_uuid
 from xca_imaging.gateway.watching import Follower, Watch, windows
-from xca_imaging.imaging.profile import read_profile
 from xca_imaging.imaging.study import StudyContents
 from xca_imaging.operations.metrics import Metrics
 
@@ -51,7 +49,7 @@ class Desk:
             pacs=PACS,
             finder=self.archive,
             repository=self.registry,
-            profile=read_profile(data_folder("profiles") / "ihe.toml"),
+            profile=profile(),
             source_id="1.3.6.1.4.1.21367.2017.1",
             objects=Objects(),
             memory=self.memory,
