@@ -241,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
             databases = {"the given database": chosen.url}
         elif full:
             server = stack.enter_context(postgresql.serve(settings=""))
-            databases["PostgreSQL"] = postgresql.new_database(server)
+            databases["PostgreSQL"] = stack.enter_context(postgresql.database(server))
         for name, url in databases.items():
             results[name] = measure(url, chosen.documents, workspace / name)
             print_table(name, results[name])

@@ -137,3 +137,27 @@ def test_data_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data_folder("profiles") == installed
     with pytest.raises(ConfigurationError, match="wsdl"):
         data_folder("wsdl")
+
+
+def test_a_domain_names_the_codes_that_it_takes(tmp_path: Path) -> None:
+    file = tmp_path / "domain.toml"
+    file.write_text(
+        'extends = "ihe"\n[vocabulary]\nmimeType = ["Application/dicom"]\n'
+        'classCode = [{ code = "IMAGES", scheme = "1.2" }]\n'
+    )
+    vocabulary = read_profile(file).vocabulary
+    assert vocabulary.allows("classCode", Code("IMAGES", "1.2", "whatever it is called"))
+    assert not vocabulary.allows("classCode", Code("IMAGES", "1.3"))
+    assert vocabulary.allows("typeCode", Code("anything", "1.3"))
+    assert vocabulary.allows_media_type("application/dicom")
+    assert not vocabulary.allows_media_type("text/plain")
+
+
+@pytest.mark.parametrize(
+    "line", ['classcode = [{ code = "a", scheme = "b" }]', "classCode = []", 'classCode = ["a"]', 'mimeType = "a/b"']
+)
+def test_a_vocabulary_that_is_wrong_is_told(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "domain.toml"
+    file.write_text(f'extends = "ihe"\n[vocabulary]\n{line}\n')
+    with pytest.raises(ConfigurationError, match="vocabulary"):
+        read_profile(file)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 
 import pytest
@@ -26,17 +27,23 @@ def postgresql_server() -> Iterator[str]:
 @pytest.fixture(
     scope="module", params=["sqlite", pytest.param("postgresql", marks=[pytest.mark.peer, pytest.mark.slow])]
 )
-def new_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> NewUrl:
+def new_url(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewUrl]:
     """Makes empty databases: of each kind that the registry runs on, one after the other."""
-    if request.param == "postgresql":
-        server = request.getfixturevalue("postgresql_server")
-        return lambda: postgresql.new_database(server)
-    return lambda: f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+    if request.param == "sqlite":
+        yield lambda: f"sqlite:///{tmp_path_factory.mktemp('registry') / 'registry.db'}"
+        return
+    server = request.getfixturevalue("postgresql_server")
+    with ExitStack() as databases:
+        yield lambda: databases.enter_context(postgresql.database(server))
 
 
 @pytest.fixture
-def url(new_url: NewUrl) -> str:
-    return new_url()
+def url(request: pytest.FixtureRequest, new_url: NewUrl) -> Iterator[str]:
+    if request.node.callspec.params["new_url"] == "sqlite":
+        yield new_url()
+        return
+    with postgresql.database(request.getfixturevalue("postgresql_server")) as address:
+        yield address
 
 
 @pytest.fixture

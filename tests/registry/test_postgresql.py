@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -18,8 +20,9 @@ pytestmark = [pytest.mark.peer, pytest.mark.slow]
 
 
 @pytest.fixture
-def url(postgresql_server: str) -> str:
-    return postgresql.new_database(postgresql_server)
+def url(postgresql_server: str) -> Iterator[str]:
+    with postgresql.database(postgresql_server) as address:
+        yield address
 
 
 def test_the_migrations_make_the_schema_that_the_tables_describe(registry: Registry) -> None:

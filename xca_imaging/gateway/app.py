@@ -32,6 +32,7 @@ from xca_imaging.gateway.publishing import publishers_of
 from xca_imaging.gateway.repositories import NodeRepository, TransferredObjects
 from xca_imaging.gateway.responding import RespondingGateway
 from xca_imaging.gateway.watching import watching
+from xca_imaging.imaging.profile import load_profile
 from xca_imaging.imaging.spool import Spool
 from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.imaging.transfer import Transfers
@@ -97,6 +98,7 @@ class Node:
             home_community_id=settings.node.home_community_id,
             assigning_authorities=settings.registry.assigning_authorities,
             strict_patients=settings.registry.strict_patients,
+            vocabulary=load_profile(settings).vocabulary,
             max_results=settings.registry.max_results,
         )
         resources.callback(registry.close)

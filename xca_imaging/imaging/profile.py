@@ -25,6 +25,7 @@ from xca_imaging.data_files import data_folder
 from xca_imaging.errors import ConfigurationError
 from xca_imaging.metadata import datatypes
 from xca_imaging.metadata.model import Code
+from xca_imaging.metadata.vocabulary import ANY, ATTRIBUTES, Vocabulary
 from xca_imaging.settings import Oid, Section, Settings
 
 _MAX_CHAIN = 8
@@ -62,6 +63,21 @@ def _language(value: str) -> str:
     if not datatypes.is_language(value):
         raise ValueError('write a language tag, for example "en-US"')
     return value
+
+
+def _vocabulary(value: object) -> object:
+    if not isinstance(value, dict):
+        raise ValueError("must be a table of lists")
+    if unknown := sorted(set(value) - {*ATTRIBUTES, "mimeType"}):
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join((*ATTRIBUTES, 'mimeType'))}")
+    media_types = value.get("mimeType", [])
+    if not isinstance(media_types, list) or not all(isinstance(each, str) for each in media_types):
+        raise ValueError("mimeType must be a list of media types")
+    codes = {name: _codes(listed) for name, listed in value.items() if name != "mimeType"}
+    return Vocabulary(
+        {name: frozenset((code.code, code.scheme) for code in listed) for name, listed in codes.items()},
+        frozenset(each.lower() for each in media_types),
+    )
 
 
 _Code = Annotated[Code, BeforeValidator(_code)]
@@ -104,6 +120,7 @@ class Profile(Section):
     author_institution: str = ""
     codes: Codes
     reports: Reports
+    vocabulary: Annotated[InstanceOf[Vocabulary], BeforeValidator(_vocabulary)] = ANY
     coding_schemes: dict[str, Oid]
     modalities: dict[str, str]
     regions: dict[str, Region]

@@ -37,6 +37,7 @@ from xca_imaging.metadata.model import (
     Submission,
     SubmissionSet,
 )
+from xca_imaging.metadata.vocabulary import ANY, Vocabulary
 
 RELATIONSHIPS = (uids.RPLC, uids.APND, uids.XFRM, uids.XFRM_RPLC, uids.SIGNS, uids.IS_SNAPSHOT_OF)
 """Association types from a new document to one that is there already (4.2.2.2)."""
@@ -95,6 +96,8 @@ class _Format:
 
 
 _CX_FORM = "id^^^&OID&ISO"
+_XCN_FORM = "id^family^given..., with &OID&ISO as authority where there is one"
+_XON_FORM = "a name with an OID, or an id with &OID&ISO as authority, where there is one"
 _DTM_FORM = "YYYY[MM[DD[hh[mm[ss]]]]] in UTC"
 _FORMATS: dict[type[Any], tuple[_Format, ...]] = {
     DocumentEntry: (
@@ -103,6 +106,7 @@ _FORMATS: dict[type[Any], tuple[_Format, ...]] = {
         _Format("creationTime", "creation_time", datatypes.is_dtm, _DTM_FORM),
         _Format("serviceStartTime", "service_start_time", datatypes.is_dtm, _DTM_FORM),
         _Format("serviceStopTime", "service_stop_time", datatypes.is_dtm, _DTM_FORM),
+        _Format("legalAuthenticator", "legal_authenticator", datatypes.is_xcn, _XCN_FORM),
         _Format("hash", "hash", datatypes.is_hash, "a SHA-1 digest, 40 hexadecimal digits"),
         _Format("languageCode", "language_code", datatypes.is_language, "a language tag"),
         _Format("mimeType", "mime_type", datatypes.is_media_type, "type/subtype"),
@@ -145,6 +149,7 @@ def validate_submission(
     submission: Submission,
     *,
     repository_side: bool = False,
+    vocabulary: Vocabulary = ANY,
     max_errors: int = 100,
     max_title: int = 128,
     max_unique_id: int = 128,
@@ -158,6 +163,8 @@ def validate_submission(
     repository_side : bool
         True for what a Document Source sends to a repository (ITI-41, RAD-68): hash, size and repositoryUniqueId may
         be left out, and the error codes are those of a repository. False for what a registry receives (ITI-42).
+    vocabulary : Vocabulary
+        The codes and media types of the affinity domain.
     max_errors : int
         More are not looked for: nobody reads them, and a small message must not make a large answer.
     max_title : int
@@ -170,10 +177,13 @@ def validate_submission(
         Characters of comments and display names: rim:FreeFormText of ebRIM 3.0.
     """
     limits = _Limits(max_title, max_unique_id, max_value, max_text)
-    return list(islice(_errors(submission, limits, repository_side=repository_side), max_errors))
+    found = _errors(submission, limits, vocabulary, repository_side=repository_side)
+    return list(islice(found, max_errors))
 
 
-def _errors(submission: Submission, limits: _Limits, *, repository_side: bool) -> Iterator[RegistryError]:
+def _errors(
+    submission: Submission, limits: _Limits, vocabulary: Vocabulary, *, repository_side: bool
+) -> Iterator[RegistryError]:
     metadata_error = RepositoryMetadataError if repository_side else RegistryMetadataError
     duplicate_error = RepositoryDuplicateUniqueIdInMessage if repository_side else DuplicateUniqueIdInMessage
     if len(submission.submission_sets) != 1:
@@ -184,10 +194,11 @@ def _errors(submission: Submission, limits: _Limits, *, repository_side: bool) -
         for text in chain(
             _required(item, repository_side=repository_side),
             _formats(item),
-            _codes(item),
+            _codes(item, vocabulary),
             _lengths(item, limits),
-            _document(item) if isinstance(item, DocumentEntry) else (),
+            _document(item, vocabulary) if isinstance(item, DocumentEntry) else (),
             _authors(item.authors) if isinstance(item, DocumentEntry | SubmissionSet) else (),
+            _submission_set(item) if isinstance(item, SubmissionSet) else (),
             _association_type(item) if isinstance(item, Association) else (),
         ):
             yield metadata_error(f"{where}: {text}")
@@ -243,13 +254,15 @@ def _formats(item: RegistryObject) -> Iterator[str]:
             yield f"{attribute} {value[:80]!r} is not a UUID in lower case"
 
 
-def _codes(item: RegistryObject) -> Iterator[str]:
+def _codes(item: RegistryObject, vocabulary: Vocabulary) -> Iterator[str]:
     for attribute, field in _CODES[type(item)].items():
         for code in _as_codes(getattr(item, field)):
             if not code.code:
                 yield f"{attribute} without a code"
             if not code.scheme:
                 yield f"{attribute} {code.code[:80]!r} without a codingScheme"
+            elif not vocabulary.allows(attribute, code):
+                yield f"{attribute} {code.code[:80]!r} of {code.scheme[:80]!r} is not a code of this affinity domain"
 
 
 def _as_codes(value: Code | Sequence[Code] | None) -> Sequence[Code]:
@@ -262,11 +275,24 @@ def _authors(authors: Iterable[Author]) -> Iterator[str]:
     for author in authors:
         if not (author.person or any(author.institutions) or any(author.telecommunications)):
             yield "author without person, institution and telecommunication"
+        if author.person and not datatypes.is_xcn(author.person):
+            yield f"authorPerson {author.person[:80]!r} is not {_XCN_FORM}"
+        for institution in author.institutions:
+            if institution and not datatypes.is_xon(institution):
+                yield f"authorInstitution {institution[:80]!r} is not {_XON_FORM}"
 
 
-def _document(entry: DocumentEntry) -> Iterator[str]:
+def _submission_set(submission_set: SubmissionSet) -> Iterator[str]:
+    for recipient in submission_set.intended_recipients:
+        if not datatypes.is_recipient(recipient):
+            yield f"intendedRecipient {recipient[:80]!r} is not XON|XCN|XTN"
+
+
+def _document(entry: DocumentEntry, vocabulary: Vocabulary) -> Iterator[str]:
     if entry.object_type not in ("", uids.STABLE_DOCUMENT, uids.ON_DEMAND_DOCUMENT):
         yield f"objectType {entry.object_type[:80]!r} is neither a stable nor an on-demand document"
+    if entry.mime_type and not vocabulary.allows_media_type(entry.mime_type):
+        yield f"mimeType {entry.mime_type[:80]!r} is not allowed in this affinity domain"
     if entry.size is not None and entry.size < 0:
         yield f"size {entry.size} is negative"
     start, stop = entry.service_start_time, entry.service_stop_time

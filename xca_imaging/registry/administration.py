@@ -85,7 +85,7 @@ class Administration:
             As a registration; also for an entry that is a stable document's.
         """
         with self._refusals("ITI-61", "register", requester, _patient_of(submission), _objects_of(submission)):
-            problems = validate_submission(submission)
+            problems = validate_submission(submission, vocabulary=self._registry.policy.vocabulary)
             problems += [
                 errors.RegistryMetadataError(f"DocumentEntry {entry.entry_uuid} is stable: it needs ITI-42")
                 for entry in submission.documents

@@ -18,6 +18,7 @@ from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import DocumentEntry, Submission
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.metadata.validate import validate_submission
+from xca_imaging.metadata.vocabulary import ANY, Vocabulary
 from xca_imaging.registry import search, submit
 from xca_imaging.registry.database import Database
 from xca_imaging.registry.rules import Policy
@@ -60,6 +61,7 @@ class Registry:
         home_community_id: str,
         assigning_authorities: Sequence[str] = (),
         strict_patients: bool = False,
+        vocabulary: Vocabulary = ANY,
         max_results: int = MAX_RESULTS,
         now: Callable[[], datetime] = _utc_now,
     ) -> Registry:
@@ -75,12 +77,14 @@ class Registry:
             Accepted patient identifier domains (OIDs); empty accepts any.
         strict_patients : bool
             Only patients known by feed (`add_patients`) may be registered.
+        vocabulary : Vocabulary
+            Codes and media types that are allowed.
         max_results : int
             Most objects of a LeafClass answer, 0 for no limit.
         now : callable
             The clock behind Folder.lastUpdateTime, in UTC.
         """
-        policy = Policy(home_community_id, frozenset(assigning_authorities), strict_patients)
+        policy = Policy(home_community_id, frozenset(assigning_authorities), strict_patients, vocabulary)
         database = Database(url)
         try:
             database.migrate()
@@ -102,7 +106,7 @@ class Registry:
         errors.SubmissionRefused
             With all that is wrong in the message, or with all that is wrong with it in this registry.
         """
-        problems = validate_submission(submission)
+        problems = validate_submission(submission, vocabulary=self.policy.vocabulary)
         if not on_demand:
             problems += [
                 errors.RegistryMetadataError(f"DocumentEntry {entry.entry_uuid} is on-demand: it needs ITI-61")

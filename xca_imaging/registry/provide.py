@@ -52,7 +52,9 @@ class Repository:
         errors.SubmissionRefused
             With all that is wrong with message and contents, or with all that the registry has against it.
         """
-        if problems := (*validate_submission(submission, repository_side=True), *_check(submission, contents)):
+        vocabulary = self._registry.policy.vocabulary
+        wrong = validate_submission(submission, repository_side=True, vocabulary=vocabulary)
+        if problems := (*wrong, *_check(submission, contents)):
             raise SubmissionRefused(problems)
         staged: dict[str, Staged] = {}
         try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from xca_imaging import errors, uids
 from xca_imaging.errors import RegistryError
 from xca_imaging.metadata.model import Association, DocumentEntry, Folder, RegistryObject, Submission, SubmissionSet
+from xca_imaging.metadata.vocabulary import ANY, Vocabulary
 from xca_imaging.registry.tables import Kind, Status
 
 REPLACING = frozenset({uids.RPLC, uids.XFRM_RPLC})
@@ -36,6 +37,8 @@ class Policy:
     """Accepted patient identifier domains (OIDs); empty accepts any."""
     strict_patients: bool = False
     """Only patients known by feed may be registered."""
+    vocabulary: Vocabulary = ANY
+    """Codes and media types that are allowed."""
 
 
 @dataclass(frozen=True, slots=True)
