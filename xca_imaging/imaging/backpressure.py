@@ -125,12 +125,14 @@ class Backpressure:
 
     def judge(self) -> None:
         """Find the moves that only the slow wait for; called when one of either came or went."""
-        if any(self._transfers.values()):
+        slow = [transfer for transfer, is_slow in self._transfers.items() if is_slow]
+        if slow:
             fast = [transfer for transfer, is_slow in self._transfers.items() if not is_slow]
             self._slow_moves = {
                 move
                 for move, instances in self._instances.items()
-                if not any(transfer.waits_for(instances) for transfer in fast)
+                if any(transfer.waits_for(instances) for transfer in slow)
+                and not any(transfer.waits_for(instances) for transfer in fast)
             }
         elif self._slow_moves:
             self._slow_moves = set()

@@ -39,6 +39,7 @@ class Asked:
     """A request wants what its plan names.
 
     `room` is what the spool can take, in bytes. PACSs are shared between askers (communities) by their weights.
+    `is_streaming`: its consumer takes instances as they come, so they need not all have room at once.
     """
 
     request: int
@@ -48,6 +49,7 @@ class Asked:
     asker: str = "local"
     priority: Priority = Priority.ROUTINE
     weight: float = 1.0
+    is_streaming: bool = False
 
 
 @dataclass(frozen=True, slots=True)

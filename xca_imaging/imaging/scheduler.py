@@ -228,6 +228,8 @@ class Scheduler:
                 if request not in fetch.waiters and fetch.stage is Stage.QUEUED:
                     queued.append(fetch)
                 waitlist.join(fetch, request, want)
+                if not event.is_streaming:
+                    waitlist.promise(fetch)
                 if fetch.arriving:
                     waitlist.out.append(BeginInstance(event.request, want))
             if refusal is not None:
@@ -267,7 +269,7 @@ class Scheduler:
             return None
         needed = sum(waitlist.sizes.estimate(series.pacs, series.sop_classes.get(uid)) for series, uid in new)
         left = event.room - waitlist.promised
-        if event.room < self._min_room or left < needed:
+        if event.room < self._min_room or (left < needed and not event.is_streaming):
             return RepositoryOutOfResources(
                 f"the spool has {event.room} bytes left, {waitlist.promised:.0f} of them are promised, "
                 f"this request would take about {needed:.0f}"

@@ -331,8 +331,18 @@ class Transfers:
             number = next(self._numbers)
             self._requests[number] = request
             request.numbers.append(number)
-            room = self._spool.free_bytes
-            self._step(d.Asked(number, tuple(group), syntaxes, room, request.asker, request.priority, request.weight))
+            self._step(
+                d.Asked(
+                    number,
+                    tuple(group),
+                    syntaxes,
+                    self._spool.free_bytes,
+                    asker=request.asker,
+                    priority=request.priority,
+                    weight=request.weight,
+                    is_streaming=request.transfer.is_streaming,
+                )
+            )
         self.backpressure.judge()
 
     def _asked_syntaxes(self, pacs: str, accept: tuple[str, ...]) -> tuple[str, ...]:

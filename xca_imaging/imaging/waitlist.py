@@ -58,8 +58,8 @@ class Waitlist:
     """
 
     # Mutable state: all of it. `out` collects the decisions of the step that runs, `touched` the PACSs at which
-    # something may start after it; `promised` is what open fetches will bring, in bytes; `_timers` is a heap, `_wake`
-    # the time that `WakeAt` named last.
+    # something may start after it; `promised` is the room for what open fetches will bring, in bytes; `_timers` is a
+    # heap, `_wake` the time that `WakeAt` named last.
 
     def __init__(self, pacs: dict[str, Pacs]) -> None:
         self.pacs = pacs
@@ -121,7 +121,6 @@ class Waitlist:
         pacs = self.pacs[series.pacs]
         study, number = series.study_instance_uid, series.series_instance_uid
         fetch = Fetch(pacs, study, number, uid, accept, series.verify, sop_class, estimate)
-        self.promised += estimate
         self.fetches[fetch.key] = fetch
         self.by_uid.setdefault(uid, []).append(fetch)
         return fetch
@@ -131,11 +130,17 @@ class Waitlist:
         fetch.waiters.setdefault(request, []).append(want)
         request.fetches[fetch] = None
 
+    def promise(self, fetch: Fetch) -> None:
+        """Keep room for it until it is closed; once, however many ask."""
+        if not fetch.promised:
+            fetch.promised = fetch.estimate
+            self.promised += fetch.promised
+
     def close(self, fetch: Fetch) -> None:
         """End a fetch, whatever became of it."""
         fetch.enter(Stage.CLOSED)  # its batches drop what is not queued when they come to it
         fetch.pacs.paused.pop(fetch, None)
-        self.promised -= fetch.estimate
+        self.promised -= fetch.promised
         del self.fetches[fetch.key]
         same = self.by_uid[fetch.uid]
         same.remove(fetch)

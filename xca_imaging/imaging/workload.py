@@ -65,6 +65,7 @@ class Fetch:
     verify: bool
     sop_class: str | None  # None: no C-FIND has proved that the series has it
     estimate: float  # of its size, in bytes
+    promised: float = 0.0  # room that is kept for it; none where only streaming consumers wait
     waiters: dict[Request, list[Want]] = field(default_factory=dict)
     stage: Stage = Stage.PAUSED
     move: Move | None = None  # the last one; it may have ended
