@@ -472,6 +472,7 @@ class ScriptedPacs:
             self.rejected += is_busy or is_over
             if not (is_busy or is_over):
                 self._associations += 1
+                self.associations += is_for_moves
                 event.assoc.is_counted = True
                 self.most_associations = max(self.most_associations, self._associations)
         if is_busy or is_over:

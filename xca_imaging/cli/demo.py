@@ -19,6 +19,7 @@ from pathlib import Path
 import pydicom
 import pydicom.data
 from pydicom.dataset import Dataset
+from pynetdicom import AE, build_context
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +33,6 @@ from xca_imaging.gateway.listeners import address
 from xca_imaging.gateway.peers import SoapClient
 from xca_imaging.gateway.publishing import Selection
 from xca_imaging.gateway.receipt import Receipt, reason_of
-from xca_imaging.imaging.backends.association import associate
 from xca_imaging.settings import Settings
 
 # Real CT and MR series among pydicom's test files, of one patient; and single images of two others.
@@ -228,17 +228,20 @@ def _store(east: Settings, originals: dict[str, Path]) -> int:
     for file in originals.values():
         meta = pydicom.filereader.read_file_meta_info(file)
         contexts.setdefault(meta.MediaStorageSOPClassUID, set()).add(meta.TransferSyntaxUID)
+    sender = AE(ae_title=east.dicom.ae_title)
+    sender.requested_contexts = [build_context(uid, sorted(syntaxes)) for uid, syntaxes in contexts.items()]
+    association = sender.associate(pacs.host, pacs.port, ae_title=pacs.ae_title)
+    if not association.is_established:
+        raise PeerRefused(pacs.name, "no association for C-STORE")
     stored = 0
-    with associate(
-        pacs,
-        calling_ae_title=east.dicom.ae_title,
-        contexts=[(sop_class, sorted(syntaxes)) for sop_class, syntaxes in contexts.items()],
-    ) as association:
+    try:
         for file in originals.values():
             status = association.send_c_store(file)
             if status.get("Status") != 0x0000:
                 raise PeerRefused(pacs.name, f"C-STORE of {file.name}: status {status.get('Status')}")
             stored += 1
+    finally:
+        association.release()
     return stored
 
 

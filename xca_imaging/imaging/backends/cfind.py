@@ -12,20 +12,19 @@ References
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import ssl
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 from pydicom import config
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
-from pynetdicom import _config as pynetdicom_config
 
 from xca_imaging import settings
 from xca_imaging.errors import (
@@ -38,7 +37,9 @@ from xca_imaging.errors import (
     StudyNotFound,
 )
 from xca_imaging.imaging.attributes import Attributes
-from xca_imaging.imaging.backends.association import associate
+from xca_imaging.imaging.backends import identifiers
+from xca_imaging.imaging.backends.pool import Associations
+from xca_imaging.imaging.backends.requester import PENDING, Association, AssociationLost, Context, Proposal
 from xca_imaging.imaging.backends.sop_classes import learn_from_images
 from xca_imaging.imaging.study import (
     InstanceFacts,
@@ -52,18 +53,16 @@ from xca_imaging.imaging.study import (
     read_study,
 )
 from xca_imaging.uids import is_uid
-
-if TYPE_CHECKING:
-    from pynetdicom.association import Association
+from xca_imaging.wire import dimse
 
 _log = logging.getLogger(__name__)
 
-# pynetdicom writes whole identifiers, names included, to its log at level info.
-pynetdicom_config.LOG_REQUEST_IDENTIFIERS = False
-pynetdicom_config.LOG_RESPONSE_IDENTIFIERS = False
+T = TypeVar("T")
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # PS3.4 C.6.2
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"  # PS3.4 C.6.1
+
+_PROPOSALS = (Proposal(STUDY_ROOT_FIND), Proposal(PATIENT_ROOT_FIND))
 
 # Keys by level. The first group every SCP knows (PS3.4 Tables C.6-1 to C.6-5: unique and required); the second is
 # optional, and left out for a PACS that refuses a query because of it.
@@ -95,7 +94,6 @@ _SERIES_OPTIONAL = (
 _IMAGE_KEYS = ("SOPInstanceUID", "InstanceNumber")
 _IMAGE_OPTIONAL = ("SOPClassUID",)
 
-_PENDING = (0xFF00, 0xFF01)
 _OUT_OF_RESOURCES = range(0xA700, 0xA800)
 _FAILURES = {  # PS3.4 Table C.4-1, PS3.7 Annex C
     0x0122: "SOP class not supported",
@@ -104,7 +102,6 @@ _FAILURES = {  # PS3.4 Table C.4-1, PS3.7 Annex C
     0xA900: "identifier does not match SOP class",
     0xFE00: "matching ended by a cancel request that was not ours",
 }
-_MESSAGE_ID = 1  # one operation at a time on each association
 _EARLIEST = date(1900, 1, 1)
 
 
@@ -118,23 +115,21 @@ class _QueryAborted(PeerProtocolError):
 
 @dataclass(frozen=True, slots=True)
 class _Link:
-    """An association, and the information model that was accepted on it."""
+    """An association, and the context of the information model that is used on it."""
 
     association: Association
-    model: str
+    context: Context
 
 
-class Finder:
-    """C-FIND requester for one PACS. Blocks: call it in an executor. Each method opens an association of its own.
+class Queries:
+    """C-FIND requester for one PACS, on the event loop.
 
     Parameters
     ----------
-    calling_ae_title : str
-        Ours.
-    tls : ssl.SSLContext, optional
-        For DICOM over TLS.
-    connect_timeout, response_timeout : float
-        For the association, and for each response. A PACS searching a large archive may be silent for half a minute.
+    associations : Associations
+        With that PACS.
+    response_timeout : float
+        For each response. A PACS searching a large archive may be silent for half a minute.
     max_matches : int
         Responses to one query. More than any study has instances; it ends a PACS that never stops.
     today : callable
@@ -148,30 +143,26 @@ class Finder:
         From every method: an answer that is not complete by the PACS's own numbers, or over `max_matches`.
     """
 
+    # Mutable state: levels at which this PACS refused the optional keys, so that each is tried once
+    # (_refused_optional); whether it has been said that it tells no SOP Classes (_said_no_classes).
+
     def __init__(
         self,
-        pacs: settings.Pacs,
-        calling_ae_title: str,
-        tls: ssl.SSLContext | None = None,
+        associations: Associations,
         *,
-        connect_timeout: float = 10.0,
         response_timeout: float = 60.0,
         max_matches: int = 200_000,
         today: Callable[[], date] = date.today,
     ) -> None:
-        self.pacs = pacs
-        self._calling_ae_title = calling_ae_title
-        self._tls = tls
-        self._connect_timeout = connect_timeout
+        self.pacs = associations.pacs
+        self._associations = associations
         self._response_timeout = response_timeout
         self._max_matches = max_matches
         self._today = today
-        # Mutable state: levels at which this PACS refused the optional keys, so that each is tried once; whether it has
-        # been said that it tells no SOP Classes.
         self._refused_optional: set[str] = set()
         self._said_no_classes = False
 
-    def find_studies(
+    async def find_studies(
         self,
         *,
         study_instance_uid: str = "",
@@ -180,22 +171,22 @@ class Finder:
         until: date | None = None,
     ) -> list[StudyFacts]:
         """Return the studies that fit everything given (dates inclusive), each once."""
-        with self._link() as link:
-            return self._studies(link, study_instance_uid, patient_id, since, until)
+        async with self._link() as link:
+            return await self._studies(link, study_instance_uid, patient_id, since, until)
 
-    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
+    async def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
         """Return the series of a study. `patient_id` is used by PACSs that know the patient root model only."""
-        with self._link() as link:
-            return self._series(link, study_instance_uid, patient_id)
+        async with self._link() as link:
+            return await self._series(link, study_instance_uid, patient_id)
 
-    def find_instances(
+    async def find_instances(
         self, study_instance_uid: str, series_instance_uid: str, *, patient_id: str = ""
     ) -> list[InstanceFacts]:
         """Return the instances of a series; `sop_class_uid` is empty where the PACS does not tell it."""
-        with self._link() as link:
-            return self._instances(link, study_instance_uid, series_instance_uid, patient_id)
+        async with self._link() as link:
+            return await self._instances(link, study_instance_uid, series_instance_uid, patient_id)
 
-    def read_study(self, study_instance_uid: str) -> StudyContents:
+    async def read_study(self, study_instance_uid: str) -> StudyContents:
         """Return a study with everything in it, each instance with its SOP Class.
 
         A PACS that leaves SOP Classes out of its answers is asked for the images by C-GET, and what their headers say
@@ -208,25 +199,25 @@ class Finder:
         ManifestError
             Its numbers do not agree (it may be changing), or SOP Classes cannot be learnt.
         """
-        with self._link() as link:
-            studies = self._studies(link, study_instance_uid)
+        async with self._link() as link:
+            studies = await self._studies(link, study_instance_uid)
             if not studies:
                 raise StudyNotFound(f"{self.pacs.name} has no study {study_instance_uid}")
             study = studies[0]
             patient_id = study.patient.id
             series = [
                 SeriesContents(
-                    facts, tuple(self._instances(link, study_instance_uid, facts.series_instance_uid, patient_id))
+                    facts, tuple(await self._instances(link, study_instance_uid, facts.series_instance_uid, patient_id))
                 )
-                for facts in self._series(link, study_instance_uid, patient_id)
+                for facts in await self._series(link, study_instance_uid, patient_id)
             ]
         contents = StudyContents(study, tuple(series))
         self._check_numbers(contents)
-        return self._with_sop_classes(contents)
+        return await self._with_sop_classes(contents)
 
     # --- Levels -------------------------------------------------------------------------------------------------------
 
-    def _studies(
+    async def _studies(
         self,
         link: _Link,
         study_instance_uid: str = "",
@@ -235,25 +226,25 @@ class Finder:
         until: date | None = None,
     ) -> list[StudyFacts]:
         wanted = {"StudyInstanceUID": study_instance_uid, "PatientID": patient_id, "StudyDate": _range(since, until)}
-        found = self._ask_studies(link, wanted)
+        found = await self._ask_studies(link, wanted)
         if not found and (since is None) != (until is None):
             # Some find nothing for an open range.
             closed = _range(since or _EARLIEST, until or self._today() + timedelta(days=1))
-            found = self._ask_studies(link, wanted | {"StudyDate": closed})
+            found = await self._ask_studies(link, wanted | {"StudyDate": closed})
         return [study for study in found if _fits(study, study_instance_uid, patient_id, since, until)]
 
-    def _ask_studies(self, link: _Link, wanted: dict[str, str]) -> list[StudyFacts]:
+    async def _ask_studies(self, link: _Link, wanted: dict[str, str]) -> list[StudyFacts]:
         found: dict[str, StudyFacts] = {}
-        for match in self._ask(link, "STUDY", wanted, _STUDY_KEYS, _STUDY_OPTIONAL):
+        for match in await self._ask(link, "STUDY", wanted, _STUDY_KEYS, _STUDY_OPTIONAL):
             study = read_study(match)
             self._check_uid(study.study_instance_uid, "Study Instance UID")
             found.setdefault(study.study_instance_uid, study)
         return list(found.values())
 
-    def _series(self, link: _Link, study_instance_uid: str, patient_id: str) -> list[SeriesFacts]:
+    async def _series(self, link: _Link, study_instance_uid: str, patient_id: str) -> list[SeriesFacts]:
         wanted = {"StudyInstanceUID": study_instance_uid}
         found: dict[str, SeriesFacts] = {}
-        for match in self._ask(link, "SERIES", wanted, _SERIES_KEYS, _SERIES_OPTIONAL, patient_id):
+        for match in await self._ask(link, "SERIES", wanted, _SERIES_KEYS, _SERIES_OPTIONAL, patient_id):
             # The keys of the levels above may be left out of a response; one that is there must be ours.
             if match.text("StudyInstanceUID") not in ("", study_instance_uid):
                 continue
@@ -262,12 +253,12 @@ class Finder:
             found.setdefault(series.series_instance_uid, series)
         return list(found.values())
 
-    def _instances(
+    async def _instances(
         self, link: _Link, study_instance_uid: str, series_instance_uid: str, patient_id: str
     ) -> list[InstanceFacts]:
         wanted = {"StudyInstanceUID": study_instance_uid, "SeriesInstanceUID": series_instance_uid}
         found: dict[str, InstanceFacts] = {}
-        for match in self._ask(link, "IMAGE", wanted, _IMAGE_KEYS, _IMAGE_OPTIONAL, patient_id):
+        for match in await self._ask(link, "IMAGE", wanted, _IMAGE_KEYS, _IMAGE_OPTIONAL, patient_id):
             if match.text("StudyInstanceUID") not in ("", study_instance_uid):
                 continue
             if match.text("SeriesInstanceUID") not in ("", series_instance_uid):
@@ -302,7 +293,7 @@ class Finder:
         if len(all_uids) != contents.number_of_instances:
             raise ManifestError(f"study {uid}: {self.pacs.name} lists the same instance in several series")
 
-    def _with_sop_classes(self, contents: StudyContents) -> StudyContents:
+    async def _with_sop_classes(self, contents: StudyContents) -> StudyContents:
         missing = {
             series.facts.series_instance_uid: uids
             for series in contents.series
@@ -323,34 +314,23 @@ class Finder:
             study.study_instance_uid,
         )
         self._said_no_classes = True
-        learnt = learn_from_images(
-            self.pacs,
+        learnt = await learn_from_images(
+            self._associations,
             study.study_instance_uid,
             missing,
-            calling_ae_title=self._calling_ae_title,
-            tls=self._tls,
-            connect_timeout=self._connect_timeout,
             response_timeout=self._response_timeout,
         )
         return _completed(contents, learnt.sop_class_uids, learnt.headers)
 
     # --- One query ----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _link(self) -> Iterator[_Link]:
-        """Open an association: study root where the PACS accepts it, else patient root."""
-        with associate(
-            self.pacs,
-            calling_ae_title=self._calling_ae_title,
-            contexts=[STUDY_ROOT_FIND, PATIENT_ROOT_FIND],
-            tls=self._tls,
-            connect_timeout=self._connect_timeout,
-            response_timeout=self._response_timeout,
-        ) as association:
-            accepted = {str(context.abstract_syntax) for context in association.accepted_contexts}
-            yield _Link(association, STUDY_ROOT_FIND if STUDY_ROOT_FIND in accepted else PATIENT_ROOT_FIND)
+    @asynccontextmanager
+    async def _link(self) -> AsyncIterator[_Link]:
+        """Give an association: study root where the PACS accepts it, else patient root."""
+        async with self._associations.lease(_PROPOSALS) as association:
+            yield _Link(association, association.context_of(STUDY_ROOT_FIND, PATIENT_ROOT_FIND))
 
-    def _ask(
+    async def _ask(
         self,
         link: _Link,
         level: str,
@@ -360,67 +340,132 @@ class Finder:
         patient_id: str = "",
     ) -> list[Attributes]:
         """Return the matches of one query; ask again without the optional keys where they are refused."""
-        if link.model == PATIENT_ROOT_FIND and level != "STUDY":
+        if link.context.abstract_syntax == PATIENT_ROOT_FIND and level != "STUDY":
             wanted = {"PatientID": patient_id} | wanted
         if level in self._refused_optional:
-            return self._query(link.association, link.model, _identifier(level, wanted, keys))
+            return await self._query(link, _identifier(level, wanted, keys))
         try:
-            return self._query(link.association, link.model, _identifier(level, wanted, [*keys, *optional]))
+            return await self._query(link, _identifier(level, wanted, [*keys, *optional]))
         except _QueryRefused as exc:
-            matches = self._query(link.association, link.model, _identifier(level, wanted, keys))
+            matches = await self._query(link, _identifier(level, wanted, keys))
             refused: PeerError = exc
         except _QueryAborted as exc:
-            with self._link() as again:
-                matches = self._query(again.association, again.model, _identifier(level, wanted, keys))
+            async with self._link() as again:
+                matches = await self._query(again, _identifier(level, wanted, keys))
             refused = exc
         _log.info("%s takes no optional keys at level %s: %s", self.pacs.name, level, refused)
         self._refused_optional.add(level)
         return matches
 
-    def _query(self, association: Association, model: str, identifier: Dataset) -> list[Attributes]:
+    async def _query(self, link: _Link, identifier: Dataset) -> list[Attributes]:
         level = str(identifier.QueryRetrieveLevel)
         matches: list[Attributes] = []
-        asked = time.monotonic()
-        responses = association.send_c_find(identifier, model, msg_id=_MESSAGE_ID)
-        for status, match in responses:
-            code = status.get("Status")
-            if code is None:
-                raise self._ended(level, len(matches), time.monotonic() - asked)
-            if code == 0x0000:
-                return matches
-            if code not in _PENDING:
-                raise self._refused(level, status, len(matches))
-            if match is None:
-                raise PeerProtocolError(
-                    self.pacs.name, f"C-FIND {level}: response {len(matches) + 1} has no readable match"
-                )
-            matches.append(Attributes(match))
-            if len(matches) > self._max_matches:
-                association.abort()
-                raise ManifestError(
-                    f"{self.pacs.name}: C-FIND {level} has more than {self._max_matches} matches; narrow the selection"
-                )
-            asked = time.monotonic()
-        raise self._ended(level, len(matches), time.monotonic() - asked)
+        association, syntax = link.association, link.context.transfer_syntax
+        try:
+            association.request(link.context, dimse.C_FIND_RQ, identifiers.encode(identifier, syntax))
+            while True:
+                answer = await association.answer(self._response_timeout)
+                status = answer.response.status
+                if status == dimse.STATUS_SUCCESS:
+                    return matches
+                if status not in PENDING:
+                    raise self._refused(level, answer.response, len(matches))
+                matches.append(self._match(level, answer.data, syntax, len(matches)))
+                if len(matches) > self._max_matches:
+                    text = f"C-FIND {level} has more than {self._max_matches} matches; narrow the selection"
+                    raise ManifestError(f"{self.pacs.name}: {text}")
+        except PeerTimeout as exc:
+            text = f"C-FIND {level}: nothing for {self._response_timeout:g} s after {len(matches)} matches"
+            raise PeerTimeout(self.pacs.name, text) from exc
+        except AssociationLost as exc:
+            text = f"C-FIND {level}: association aborted after {len(matches)} matches"
+            if matches:
+                raise PeerProtocolError(self.pacs.name, text) from exc
+            raise _QueryAborted(self.pacs.name, text) from exc
 
-    def _ended(self, level: str, matches: int, waited: float) -> PeerError:
-        """Return why a query has no final response: pynetdicom does not tell silence from A-ABORT."""
-        if waited >= self._response_timeout:
-            return PeerTimeout(
-                self.pacs.name, f"C-FIND {level}: nothing for {self._response_timeout:g} s after {matches} matches"
-            )
-        text = f"C-FIND {level}: association aborted or answer unreadable after {matches} matches"
-        return PeerProtocolError(self.pacs.name, text) if matches else _QueryAborted(self.pacs.name, text)
+    def _match(self, level: str, data: bytes, transfer_syntax_uid: str, number: int) -> Attributes:
+        text = f"C-FIND {level}: response {number + 1} has no readable match"
+        try:
+            match = identifiers.decode(data, transfer_syntax_uid)
+        except Exception as exc:  # pydicom raises what it likes for bytes of others
+            raise PeerProtocolError(self.pacs.name, text) from exc
+        if not match:
+            raise PeerProtocolError(self.pacs.name, text)
+        return Attributes(match)
 
-    def _refused(self, level: str, status: Dataset, matches: int) -> PeerError:
-        code = int(status.Status)
+    def _refused(self, level: str, response: dimse.Response, matches: int) -> PeerError:
+        code = response.status
         text = f"C-FIND {level} ended with status 0x{code:04X} after {matches} matches"
         reason = _FAILURES.get(code, "unable to process" if code >> 12 == 0xC else "")
-        comment = Attributes(status).text("ErrorComment")
-        text += "".join(f": {each}" for each in (reason, comment) if each)
+        text += "".join(f": {each}" for each in (reason, response.error_comment) if each)
         if code in _OUT_OF_RESOURCES:
             return PeerBusy(self.pacs.name, text)
         return PeerRefused(self.pacs.name, text) if matches else _QueryRefused(self.pacs.name, text)
+
+
+class Finder:
+    """`Queries` for callers that may block, such as work in an executor. Each method opens associations of its own.
+
+    Parameters
+    ----------
+    calling_ae_title : str
+        Ours.
+    tls : ssl.SSLContext, optional
+        For DICOM over TLS.
+    connect_timeout : float
+        See `requester.associate`.
+    response_timeout, max_matches, today
+        See `Queries`.
+    """
+
+    def __init__(
+        self,
+        pacs: settings.Pacs,
+        calling_ae_title: str,
+        tls: ssl.SSLContext | None = None,
+        *,
+        connect_timeout: float = 10.0,
+        response_timeout: float = 60.0,
+        max_matches: int = 200_000,
+        today: Callable[[], date] = date.today,
+    ) -> None:
+        self.pacs = pacs
+        associations = Associations(pacs, calling_ae_title=calling_ae_title, tls=tls, connect_timeout=connect_timeout)
+        associations.stop_reusing()  # each call has an event loop of its own, which an association cannot outlive
+        self._queries = Queries(associations, response_timeout=response_timeout, max_matches=max_matches, today=today)
+
+    def find_studies(
+        self,
+        *,
+        study_instance_uid: str = "",
+        patient_id: str = "",
+        since: date | None = None,
+        until: date | None = None,
+    ) -> list[StudyFacts]:
+        """Return the studies that fit everything given (dates inclusive), each once."""
+        return _run(
+            self._queries.find_studies(
+                study_instance_uid=study_instance_uid, patient_id=patient_id, since=since, until=until
+            )
+        )
+
+    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
+        """Return the series of a study."""
+        return _run(self._queries.find_series(study_instance_uid, patient_id=patient_id))
+
+    def find_instances(
+        self, study_instance_uid: str, series_instance_uid: str, *, patient_id: str = ""
+    ) -> list[InstanceFacts]:
+        """Return the instances of a series."""
+        return _run(self._queries.find_instances(study_instance_uid, series_instance_uid, patient_id=patient_id))
+
+    def read_study(self, study_instance_uid: str) -> StudyContents:
+        """Return a study with everything in it, each instance with its SOP Class."""
+        return _run(self._queries.read_study(study_instance_uid))
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
 
 
 def _range(since: date | None, until: date | None) -> str:

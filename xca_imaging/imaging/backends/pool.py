@@ -66,23 +66,27 @@ class Associations:
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def lease(self, proposals: Sequence[Proposal], *, fresh: bool = False) -> AsyncIterator[Association]:
+    async def lease(
+        self, proposals: Sequence[Proposal], *, fresh: bool = False, receiver: Receiver | None = None
+    ) -> AsyncIterator[Association]:
         """Give an association for one operation; it is kept, or gone, when the context is left.
 
         Parameters
         ----------
         fresh : bool
-            Open one for this operation alone, whatever is idle.
+            Open one for this use alone, whatever is idle.
+        receiver : Receiver, optional
+            Takes what the PACS sends in place of the common one; the association is for this use alone.
 
         Raises
         ------
         PeerError
             See `associate`.
         """
-        key = tuple(proposals)
+        key, fresh = tuple(proposals), fresh or receiver is not None
         association = None if fresh else self._take(key)
         if association is None:
-            association = await self._connect(key)
+            association = await self._connect(key, receiver or self._receiver)
         try:
             yield association
         finally:
@@ -117,7 +121,7 @@ class Associations:
                 return association
         return None
 
-    async def _connect(self, key: tuple[Proposal, ...]) -> Association:
+    async def _connect(self, key: tuple[Proposal, ...], receiver: Receiver | None) -> Association:
         while self._idle and len(self._open) >= self.pacs.max_associations:
             association = next(iter(self._idle))
             self._idle.pop(association)[1].cancel()
@@ -130,7 +134,7 @@ class Associations:
                 proposals=key,
                 tls=self._tls,
                 listener=self._listener,
-                receiver=self._receiver if receives else None,
+                receiver=receiver if receives else None,
                 connect_timeout=self._connect_timeout,
             )
         except PeerBusy:

@@ -19,7 +19,7 @@ import os
 import socket
 import ssl
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -83,6 +83,14 @@ def new_association_id() -> int:
 
 class AssociationLost(PeerProtocolError):
     """The association ended before the operation did."""
+
+
+class ContextsRefused(PeerRefused):
+    """The association was accepted without a presentation context that is needed."""
+
+    def __init__(self, peer: str, abstract_syntaxes: Iterable[str]) -> None:
+        names = ", ".join(abstract_syntaxes)
+        super().__init__(peer, f"association accepted without any of the presentation contexts asked: {names}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,16 +170,13 @@ async def associate(
         async with asyncio.timeout(connect_timeout):
             await association.answered
         if not association.contexts:
-            names = ", ".join(dict.fromkeys(each.abstract_syntax for each in proposals[:8]))
-            raise PeerRefused(
-                pacs.name, f"association accepted without any of the presentation contexts asked: {names}"
-            )
+            raise ContextsRefused(pacs.name, [each.abstract_syntax for each in proposals if not each.receives])
     except TimeoutError as exc:
-        association.abort("no answer in time")
+        await association.drop("no answer in time")
         text = f"no answer to the association request within {connect_timeout:g} s"
         raise PeerTimeout(pacs.name, text) from exc
     except BaseException:
-        association.abort("of no use")
+        await association.drop("of no use")
         raise
     return association
 
@@ -287,17 +292,14 @@ class Association(asyncio.BufferedProtocol):
 
         Raises
         ------
-        PeerRefused
+        ContextsRefused
             None was accepted.
         """
         for uid in abstract_syntaxes:
             for context in self.contexts.values():
                 if context.abstract_syntax == uid:
                     return context
-        names = ", ".join(abstract_syntaxes)
-        raise PeerRefused(
-            self.pacs.name, f"association accepted without any of the presentation contexts asked: {names}"
-        )
+        raise ContextsRefused(self.pacs.name, abstract_syntaxes)
 
     def request(
         self, context: Context, command_field: int, identifier: bytes | None = None, *, move_destination: str = ""
@@ -378,6 +380,13 @@ class Association(asyncio.BufferedProtocol):
         self._end(f"aborted by us: {reason}")
         self._layer.perform(Event.EVT15)
         self._settle()
+
+    async def drop(self, reason: str) -> None:
+        """End it with A-ABORT and close the connection without waiting for the peer."""
+        self.abort(reason)
+        if self._transport is not None:
+            self._transport.abort()
+            await asyncio.shield(self._closed)
 
     def set_paused(self, is_paused: bool) -> None:
         """Stop reading: who takes the instances is slow. What was read already is still delivered."""
@@ -600,9 +609,9 @@ class Association(asyncio.BufferedProtocol):
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self._loop.call_later(_END_TIMEOUT, self._drop)
+            self._timer = self._loop.call_later(_END_TIMEOUT, self._expire)
 
-    def _drop(self) -> None:
+    def _expire(self) -> None:
         """The peer neither answers nor closes: the connection is taken away."""
         if self._layer.state is State.STA13:
             self._layer.perform(Event.EVT18)

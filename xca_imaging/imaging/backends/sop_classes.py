@@ -13,39 +13,35 @@ References
 from __future__ import annotations
 
 import logging
-import ssl
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import TYPE_CHECKING
 
-from pydicom import config
 from pydicom.dataset import Dataset
+from pydicom.filereader import read_dataset
+from pydicom.tag import BaseTag
 from pydicom.uid import UID
-from pynetdicom import AE, build_context, build_role, evt
-from pynetdicom.pdu import A_ASSOCIATE_AC
-from pynetdicom.presentation import AllStoragePresentationContexts
 
-from xca_imaging import settings, uids
-from xca_imaging.errors import ConnectFailed, PeerError, PeerProtocolError, PeerRefused, PeerTimeout
+from xca_imaging import uids
+from xca_imaging.errors import PeerProtocolError, PeerRefused, PeerTimeout
 from xca_imaging.imaging.attributes import Attributes
+from xca_imaging.imaging.backends import MoveJob, identifiers
+from xca_imaging.imaging.backends.cget import STUDY_ROOT_GET
+from xca_imaging.imaging.backends.requester import PENDING, Association, AssociationLost, ContextsRefused, Proposal
+from xca_imaging.imaging.backends.storage_contexts import ALL_CLASSES
+from xca_imaging.imaging.receiver import PeerAssociation, StoreRequest
+from xca_imaging.wire import dimse
 
 if TYPE_CHECKING:
-    from pynetdicom.association import Association
-    from pynetdicom.events import Event
+    from xca_imaging.imaging.backends.pool import Associations
 
 _log = logging.getLogger(__name__)
 
-STUDY_ROOT_GET = "1.2.840.10008.5.1.4.1.2.2.3"  # PS3.4 C.6.2
-
-_PIXEL_DATA = 0x7FE00010  # (7FE0,0010): not kept
+_PIXEL_DATA = 0x7FE00010  # (7FE0,0010): what stands before it is the header
+_HEADER = 1024 * 1024  # bytes of an image that are looked at: headers of enhanced multi-frame objects reach some 100 KB
 _CLASSES_PER_ASSOCIATION = 127  # PS3.8 9.3.2.2: context ids are the odd numbers to 255, one of them is for C-GET itself
-
-# PS3.6 Table A-1: classes that archives still hold and pynetdicom no longer lists.
-_RETIRED = (
-    "1.2.840.10008.5.1.4.1.1.3",  # Ultrasound Multi-frame Image
-    "1.2.840.10008.5.1.4.1.1.5",  # Nuclear Medicine Image
-    "1.2.840.10008.5.1.4.1.1.6",  # Ultrasound Image
-)
+_PLAIN = (uids.EXPLICIT_VR_LITTLE_ENDIAN, uids.IMPLICIT_VR_LITTLE_ENDIAN)
 
 # What an archive may hold compressed and not decode for us, most usual first; one is tried after the other, only as
 # long as instances are missing.
@@ -78,30 +74,28 @@ class Learnt:
     headers: dict[str, Attributes] = field(default_factory=dict)
 
 
-def learn_from_images(
-    pacs: settings.Pacs,
+async def learn_from_images(
+    associations: Associations,
     study_instance_uid: str,
     wanted: Mapping[str, Sequence[str]],
     *,
-    calling_ae_title: str,
-    tls: ssl.SSLContext | None = None,
-    connect_timeout: float = 10.0,
     response_timeout: float = 60.0,
 ) -> Learnt:
-    """Fetch instances by C-GET and return what they are; those that do not come stay out of the answer. Blocks.
+    """Fetch instances by C-GET and return what they are; those that do not come stay out of the answer.
 
     Parameters
     ----------
     wanted : mapping
         SOP Instance UIDs by Series Instance UID.
-    connect_timeout, response_timeout : float
-        For the association; between two messages of the PACS.
+    response_timeout : float
+        Between two messages of the PACS.
 
     Raises
     ------
-    ConnectFailed, PeerRefused, PeerTimeout, PeerProtocolError
+    ConnectFailed, PeerBusy, PeerRefused, PeerTimeout, PeerProtocolError
     """
     learnt = Learnt()
+    sizes = {series: len(each) for series, each in wanted.items()}
     for classes, syntaxes in _rounds():
         missing = {
             series: rest
@@ -110,122 +104,129 @@ def learn_from_images(
         }
         if not missing:
             break
-        _Round(pacs, calling_ae_title, tls, connect_timeout, response_timeout, learnt).run(
-            classes, syntaxes, study_instance_uid, missing, {uid: len(each) for uid, each in wanted.items()}
-        )
+        looker = _Looker(learnt)
+        proposals = [Proposal(STUDY_ROOT_GET), *(Proposal(uid, syntaxes, receives=True) for uid in classes)]
+        try:
+            async with associations.lease(proposals, receiver=looker) as association:
+                for series, instances in missing.items():
+                    looker.series = series
+                    if len(instances) == sizes[series]:
+                        jobs = [MoveJob("SERIES", study_instance_uid, series)]
+                    else:
+                        jobs = [MoveJob("IMAGE", study_instance_uid, series, (uid,)) for uid in instances]
+                    for job in jobs:
+                        await _get(association, job, looker, response_timeout)
+        except ContextsRefused as exc:
+            text = "tells no SOP Classes (0008,0016) in C-FIND, and does not do C-GET, by which they could be learnt"
+            raise PeerRefused(associations.pacs.name, text) from exc
     return learnt
 
 
-def _rounds() -> Iterator[tuple[list[str], list[str]]]:
+def _rounds() -> Iterator[tuple[Sequence[str], tuple[str, ...]]]:
     """Classes and transfer syntaxes of one association after the other: all classes plain, then images compressed."""
-    classes = [str(context.abstract_syntax) for context in AllStoragePresentationContexts]
-    classes += [uid for uid in _RETIRED if uid not in classes]
-    plain = [uids.EXPLICIT_VR_LITTLE_ENDIAN, uids.IMPLICIT_VR_LITTLE_ENDIAN]
-    for start in range(0, len(classes), _CLASSES_PER_ASSOCIATION):
-        yield classes[start : start + _CLASSES_PER_ASSOCIATION], plain
-    images = [uid for uid in classes if "Image" in UID(uid).name][:_CLASSES_PER_ASSOCIATION]
+    for start in range(0, len(ALL_CLASSES), _CLASSES_PER_ASSOCIATION):
+        yield ALL_CLASSES[start : start + _CLASSES_PER_ASSOCIATION], _PLAIN
+    images = [uid for uid in ALL_CLASSES if "Image" in UID(uid).name][:_CLASSES_PER_ASSOCIATION]
     for syntax in _COMPRESSED:
         # Not one context with all of them: of each context the PACS takes one syntax, and sends nothing in the others.
-        yield images, [syntax]
+        yield images, (syntax,)
 
 
-@dataclass(slots=True)
-class _Round:
-    """One association. Mutable state: `learnt`, written by pynetdicom's thread and read by ours after each C-GET, and
-    `series`, that of the C-GET under way, the other way round."""
+async def _get(association: Association, job: MoveJob, looker: _Looker, response_timeout: float) -> None:
+    """Fetch a series or an instance. A failure status is no error: what did not come is asked for elsewhere."""
+    pacs = association.pacs.name
+    context = association.context_of(STUDY_ROOT_GET)
+    identifier = identifiers.of_job(job, uid_list_limit=1)
+    try:
+        association.request(context, dimse.C_GET_RQ, identifiers.encode(identifier, context.transfer_syntax))
+        while True:
+            seen = looker.count
+            try:
+                answer = await association.answer(response_timeout)
+            except PeerTimeout as exc:
+                if looker.count > seen:  # it sends instances, and no interim responses
+                    continue
+                raise PeerTimeout(pacs, f"C-GET {job.level}: nothing for {response_timeout:g} s") from exc
+            status = answer.response.status
+            if status not in PENDING:
+                break
+    except AssociationLost as exc:
+        raise PeerProtocolError(pacs, f"C-GET {job.level}: {exc}") from exc
+    if status != dimse.STATUS_SUCCESS:
+        _log.debug("%s: C-GET %s: status 0x%04X", pacs, job.level, status)
 
-    pacs: settings.Pacs
-    calling_ae_title: str
-    tls: ssl.SSLContext | None
-    connect_timeout: float
-    response_timeout: float
-    learnt: Learnt
-    series: str = ""
 
-    def run(
-        self,
-        classes: Sequence[str],
-        syntaxes: list[str],
-        study: str,
-        missing: Mapping[str, Sequence[str]],
-        sizes: Mapping[str, int],
-    ) -> None:
-        association = self._associate(classes, syntaxes)
-        try:
-            for series, instances in missing.items():
-                if len(instances) == sizes[series]:
-                    self._get(association, "SERIES", study, series)
-                else:
-                    for instance in instances:
-                        self._get(association, "IMAGE", study, series, instance)
-        finally:
-            if association.is_established:
-                association.release()
-            association.join(self.connect_timeout)
+class _Looker:
+    """A Receiver that looks at instances and drops them.
 
-    def _associate(self, classes: Sequence[str], syntaxes: list[str]) -> Association:
-        entity = AE(ae_title=self.calling_ae_title)
-        entity.implementation_class_uid = UID(uids.IMPLEMENTATION_CLASS_UID)
-        entity.implementation_version_name = uids.IMPLEMENTATION_VERSION_NAME
-        entity.connection_timeout = entity.acse_timeout = self.connect_timeout
-        entity.dimse_timeout = self.response_timeout
-        entity.network_timeout = None
-        plain = [uids.EXPLICIT_VR_LITTLE_ENDIAN, uids.IMPLICIT_VR_LITTLE_ENDIAN]
-        accepted: list[bool] = []  # pynetdicom aborts an association that was accepted without any of the contexts
+    Attributes
+    ----------
+    series : str
+        That of the C-GET under way.
+    count : int
+        Instances that have begun to come.
+    """
 
-        def on_pdu(event: Event) -> None:
-            if isinstance(event.pdu, A_ASSOCIATE_AC):
-                accepted.append(True)
+    def __init__(self, learnt: Learnt) -> None:
+        self.learnt = learnt
+        self.series = ""
+        self.count = 0
 
-        association = entity.associate(
-            self.pacs.host,
-            self.pacs.port,
-            contexts=[build_context(STUDY_ROOT_GET, plain), *(build_context(uid, syntaxes) for uid in classes)],
-            ae_title=self.pacs.ae_title,
-            ext_neg=[build_role(uid, scp_role=True) for uid in classes],
-            tls_args=(self.tls, self.pacs.host) if self.tls else None,
-            evt_handlers=[(evt.EVT_C_STORE, self._stored), (evt.EVT_PDU_RECV, on_pdu)],
-        )
-        if not association.is_established and not accepted:
-            raise ConnectFailed(self.pacs.name, "no association for C-GET, which is needed to learn SOP Classes")
-        if STUDY_ROOT_GET not in {str(context.abstract_syntax) for context in association.accepted_contexts}:
-            if association.is_established:
-                association.release()
-            raise PeerRefused(
-                self.pacs.name,
-                "tells no SOP Classes (0008,0016) in C-FIND, and does not do C-GET, by which they could be learnt",
-            )
-        return association
+    def begin(self, request: StoreRequest) -> _Look:
+        self.count += 1
+        return _Look(self, request, wants_header=self.series not in self.learnt.headers)
 
-    def _get(self, association: Association, level: str, study: str, series: str, instance: str = "") -> None:
-        """Fetch a series or an instance. A failure status is no error: what did not come is asked for elsewhere."""
-        self.series = series
-        identifier = Dataset()
-        identifier.QueryRetrieveLevel = level
-        identifier.StudyInstanceUID = UID(study, validation_mode=config.IGNORE)
-        identifier.SeriesInstanceUID = UID(series, validation_mode=config.IGNORE)
-        if instance:
-            identifier.SOPInstanceUID = UID(instance, validation_mode=config.IGNORE)
-        try:
-            for status, _ in association.send_c_get(identifier, STUDY_ROOT_GET):
-                if "Status" not in status:
-                    raise self._ended(association, level)
-                if status.Status not in (0x0000, 0xFF00):
-                    _log.debug("%s: C-GET %s of %s: status 0x%04X", self.pacs.name, level, series, status.Status)
-        except RuntimeError as exc:  # the association ended between two requests
-            raise PeerProtocolError(self.pacs.name, "the association for C-GET was lost") from exc
+    def accepted_syntaxes(self, association: PeerAssociation) -> None:
+        return None
 
-    def _ended(self, association: Association, level: str) -> PeerError:
-        if association.acse.is_aborted():
-            return PeerProtocolError(self.pacs.name, f"C-GET {level}: association aborted")
-        return PeerTimeout(self.pacs.name, f"C-GET {level}: nothing for {self.response_timeout:g} s")
+    def offer(self, request: StoreRequest) -> int:
+        return dimse.STATUS_REFUSED_NOT_AUTHORIZED
 
-    def _stored(self, event: Event) -> int:
-        uid, sop_class = str(event.request.AffectedSOPInstanceUID), str(event.request.AffectedSOPClassUID)
-        if uids.is_uid(uid) and uids.is_uid(sop_class):
-            self.learnt.sop_class_uids[uid] = sop_class
-            if self.series not in self.learnt.headers:
-                dataset: Dataset = event.dataset
-                dataset.pop(_PIXEL_DATA, None)
-                self.learnt.headers[self.series] = Attributes(dataset)
-        return 0x0000
+    def create_instance(
+        self, association: PeerAssociation, sop_class: str, sop_instance: str, dataset: bytes, transfer_syntax: str
+    ) -> int:
+        return dimse.STATUS_REFUSED_NOT_AUTHORIZED
+
+    def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
+        pass
+
+    def association_closed(self, association: PeerAssociation, reason: str) -> None:
+        pass
+
+
+class _Look:
+    """One instance that is looked at."""
+
+    def __init__(self, looker: _Looker, request: StoreRequest, *, wants_header: bool) -> None:
+        self._looker, self._request, self._wants_header = looker, request, wants_header
+        self._head = bytearray()
+
+    def write(self, data: memoryview) -> None:
+        if self._wants_header and len(self._head) < _HEADER:
+            self._head += data
+
+    def commit(self) -> int:
+        learnt, request = self._looker.learnt, self._request
+        learnt.sop_class_uids[request.sop_instance_uid] = request.sop_class_uid
+        if self._wants_header:
+            learnt.headers[self._looker.series] = Attributes(_header(bytes(self._head), request.transfer_syntax_uid))
+        return dimse.STATUS_SUCCESS
+
+    def discard(self, reason: str) -> None:
+        self._head.clear()
+
+
+def _header(data: bytes, transfer_syntax_uid: str) -> Dataset:
+    """Return the elements before the pixels, as far as they can be read."""
+
+    def is_pixels(tag: BaseTag, vr: str | None, length: int) -> bool:
+        return int(tag) >= _PIXEL_DATA
+
+    syntax = UID(transfer_syntax_uid)
+    if syntax.is_deflated:
+        return Dataset()
+    try:
+        return read_dataset(BytesIO(data), syntax.is_implicit_VR, syntax.is_little_endian, stop_when=is_pixels)
+    except Exception as exc:  # pydicom raises what it likes for bytes of others, and for those cut off
+        _log.info("the header of an image cannot be read: %s", exc)
+        return Dataset()

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from pydicom.uid import UID_dictionary  # type: ignore[attr-defined]  # re-exported without saying so
+
 from xca_imaging import uids
 from xca_imaging.imaging.backends.requester import MAX_CONTEXTS, Proposal
 
@@ -115,6 +117,14 @@ _BY_USAGE = tuple(
     for start in range(0, len(_IMAGE_CLASSES), 3)
     for uid in (*_IMAGE_CLASSES[start : start + 3], *_OTHER_CLASSES[start // 3 : start // 3 + 1])
 ) + tuple(_OTHER_CLASSES[-(-len(_IMAGE_CLASSES) // 3) :])
+
+_NOT_STORED = ("Storage Commitment", "Media Storage Directory", "Stored Print", "Hardcopy", "Inventory")
+ALL_CLASSES = _BY_USAGE + tuple(
+    str(uid)
+    for uid, (name, kind, *_) in UID_dictionary.items()
+    if kind == "SOP Class" and "Storage" in name and not name.startswith(_NOT_STORED) and uid not in _BY_USAGE
+)
+"""Every storage class of PS3.6 Table A-1, retired ones too; those that are used most come first."""
 
 
 def propose(accept: Sequence[str], known: Iterable[str] = ()) -> tuple[Proposal, ...]:
