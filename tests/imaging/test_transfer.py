@@ -6,7 +6,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 import pydicom
 import pytest
 
+from tests.imaging import test_transcode as transcoding
 from tests.support.scripted_pacs import LOCATION, Archive, ScriptedPacs
 from xca_imaging import uids
 from xca_imaging.errors import (
@@ -72,6 +73,7 @@ async def bench(
     grace: float = 0.4,
     max_bytes: int = 10**8,
     associations: int = 4,
+    pacs_settings: Mapping[str, Any] = {},
     **pacs_options: Any,
 ) -> AsyncIterator[Bench]:
     spool = Spool(tmp_path / "spool", max_bytes=max_bytes, retention=600, reserve_free=0)
@@ -86,7 +88,7 @@ async def bench(
     await scp.start()
     with ScriptedPacs(archive, scp.sockets[0], *scripts, **pacs_options) as pacs:
         transfers = Transfers(
-            pacs=[pacs.settings.model_copy(update={"max_associations": associations})],
+            pacs=[pacs.settings.model_copy(update={"max_associations": associations, **pacs_settings})],
             ae_title="XCAI",
             spool=spool,
             stall_timeout=stall_timeout,
@@ -221,6 +223,140 @@ async def test_events_name_each_want_once(tmp_path: Path) -> None:
         assert [event.want for event in seen if isinstance(event, Failed)] == [bogus]
         with pytest.raises(LocalProtocolError):
             transfer.held(bogus)
+
+
+async def test_a_restarted_node_does_not_fetch_again(tmp_path: Path) -> None:
+    archive = Archive()
+    wants = archive.add_series(3)
+    async with bench(tmp_path, archive) as b:
+        await b.fetch(wants)
+    spooled = sorted((tmp_path / "spool" / "objects").iterdir())
+    spooled[1].write_bytes(b"x" + spooled[1].read_bytes()[1:])
+    async with bench(tmp_path, archive) as b:
+        async with b.transfers.fetch(wants, accept=[EXPLICIT]) as transfer:
+            await asyncio.wait_for(transfer.wait(), DEADLINE)
+            assert sorted(entry.attempts for entry in transfer.ledger) == [0, 0, 1]
+            for want in wants:
+                assert pydicom.dcmread(transfer.held(want).path).SOPInstanceUID == want.sop_instance_uid
+        await b.pacs_is_idle()
+        assert len(b.pacs.sent) == 1, "only what was damaged comes again"
+
+
+async def test_a_transfer_knows_what_it_is_made_of(tmp_path: Path) -> None:
+    archive = Archive()
+    wants = archive.add_series(2)
+    async with bench(tmp_path, archive) as b, b.transfers.fetch(wants, accept=[EXPLICIT]) as transfer:
+        assert await asyncio.wait_for(transfer.planned(), DEADLINE)
+        await asyncio.wait_for(transfer.wait(), DEADLINE)
+        entry = transfer.ledger[wants[0]]
+        assert (entry.pacs, entry.method, entry.bytes_changed) == ("scripted", "c-move", False)
+        instance = transfer.held(wants[0])
+        assert (instance.source, instance.study_instance_uid) == ("scripted", wants[0].study_instance_uid)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Fairness
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+async def test_communities_share_a_pacs_by_weight(tmp_path: Path, weight: float) -> None:
+    """50 requests of each of two communities at a PACS of four associations; those of the first all come first.
+
+    Counted while both have something waiting: Jain's index of what each got for its weight.
+    """
+    archive = Archive()
+    requests = [archive.add_series(4) for _ in range(100)]
+    asker_of = {want.sop_instance_uid: n >= 50 for n, wants in enumerate(requests) for want in wants}
+    async with bench(tmp_path, archive, "no_pending", latency=0.01, limit=4) as b:
+
+        async def ask(wants: Sequence[Want], asker: str, weight: float) -> Outcome:
+            async with b.transfers.fetch(wants, accept=[EXPLICIT], asker=asker, weight=weight) as transfer:
+                await asyncio.wait_for(transfer.wait(), 40)
+                return transfer.ledger.outcome()
+
+        tasks = [asyncio.create_task(ask(wants, "west", weight)) for wants in requests[:50]]
+        await asyncio.sleep(0.05)
+        tasks += [asyncio.create_task(ask(wants, "east", 1.0)) for wants in requests[50:]]
+        outcomes = await asyncio.gather(*tasks)
+        assert {outcome.status for outcome in outcomes} == {uids.STATUS_SUCCESS}
+        await b.pacs_is_idle()
+        assert b.pacs.rejected == 0
+        assert b.pacs.most_associations <= 4
+        order = [asker_of[uid] for uid, _ in b.pacs.sent]
+    assert len(order) == 400
+    first_east = order.index(True)
+    assert first_east <= 40, "who comes later does not wait for all that was there"
+    last = min(len(order) - order[::-1].index(False), len(order) - order[::-1].index(True))
+    shared = order[first_east : int(0.9 * last)]
+    shares = [shared.count(False) / weight, float(shared.count(True))]
+    jain = sum(shares) ** 2 / (2 * sum(share**2 for share in shares))
+    assert jain >= 0.95, shares
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Transcoding
+# --------------------------------------------------------------------------------------------------------------------
+
+
+async def test_transcoded_copies_serve_only_who_cannot_have_the_original(tmp_path: Path) -> None:
+    archive = Archive()
+    original = transcoding.image(bits=(8, 8))
+    stream = transcoding.jpeg_2000(original, photometric_interpretation=2)
+    stored = transcoding.packed(original, [stream], transcoding.JPEG_2000_LOSSLESS)
+    place = (str(stored.StudyInstanceUID), str(stored.SeriesInstanceUID))
+    archive.series[place] = {stored.SOPInstanceUID: stored}
+    want = Want(*place, str(stored.SOPInstanceUID), LOCATION)
+    both = [EXPLICIT, transcoding.JPEG_2000_LOSSLESS]
+    async with bench(tmp_path, archive, "no_pending", pacs_settings={"transcode": True}) as b:
+
+        async def get(accept: Sequence[str]) -> tuple[str, bool, int]:
+            async with b.transfers.fetch([want], accept=accept) as transfer:
+                await asyncio.wait_for(transfer.wait(), 20)
+                entry = transfer.ledger[want]
+                assert entry.error is None
+                return entry.transfer_syntax_uid, entry.bytes_changed, entry.attempts
+
+        assert await get([EXPLICIT]) == (EXPLICIT, True, 1)
+        assert await get([EXPLICIT]) == (EXPLICIT, True, 0)
+        assert await get(both) == (transcoding.JPEG_2000_LOSSLESS, False, 0)
+        assert await get([uids.IMPLICIT_VR_LITTLE_ENDIAN]) == (uids.IMPLICIT_VR_LITTLE_ENDIAN, True, 0)
+        assert len(b.pacs.sent) == 1
+        assert b.transfers.stock.transcoders.counts.done == 2
+    # Over a restart, with the original gone.
+    (record,) = [each for each in (tmp_path / "spool" / "objects").iterdir() if stream in each.read_bytes()]
+    record.unlink()
+    async with bench(tmp_path, archive, "no_pending", pacs_settings={"transcode": True}) as b:
+        async with b.transfers.fetch([want], accept=[EXPLICIT]) as transfer:
+            await asyncio.wait_for(transfer.wait(), 20)
+            assert (transfer.ledger[want].bytes_changed, transfer.ledger[want].attempts) == (True, 0)
+        async with b.transfers.fetch([want], accept=both) as transfer:
+            await asyncio.wait_for(transfer.wait(), 20)
+            assert (transfer.ledger[want].bytes_changed, transfer.ledger[want].attempts) == (False, 1)
+        await b.pacs_is_idle()
+
+
+async def test_a_transfer_that_is_left_while_it_is_transcoded_leaves_nothing_held(tmp_path: Path) -> None:
+    archive = Archive()
+    original = transcoding.image(bits=(8, 8))
+    stored = transcoding.packed(
+        original, [transcoding.jpeg_2000(original, photometric_interpretation=2)], transcoding.JPEG_2000_LOSSLESS
+    )
+    place = (str(stored.StudyInstanceUID), str(stored.SeriesInstanceUID))
+    archive.series[place] = {stored.SOPInstanceUID: stored}
+    want = Want(*place, str(stored.SOPInstanceUID), LOCATION)
+    async with bench(tmp_path, archive, "no_pending", pacs_settings={"transcode": True}) as b:
+        async with b.transfers.fetch([want], accept=[EXPLICIT]) as transfer, asyncio.timeout(DEADLINE):
+            while b.spool.find(want.sop_instance_uid) is None:
+                await asyncio.sleep(0.001)
+            assert not transfer.ledger.complete
+        await b.pacs_is_idle()
+        await asyncio.sleep(0.05)
+        instance = b.spool.find(want.sop_instance_uid)
+        assert instance is not None
+        assert instance._holders == 0
+        assert b.spool.used_bytes == instance.size
 
 
 # --------------------------------------------------------------------------------------------------------------------
