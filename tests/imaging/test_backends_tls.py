@@ -18,6 +18,7 @@ from tests.support.collecting import Collector
 from xca_imaging import settings as settings_module
 from xca_imaging.errors import ConnectFailed, PeerError
 from xca_imaging.imaging.backends import MoveJob, make_backends, requester
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.decisions import Method
 from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.security import tls
@@ -107,10 +108,9 @@ async def retrieve(folder: Path, pacs: Pacs, ours: peers.Entity, study: images.S
     scp = StoreScp(collector, ae_title=OURS, host=ours.host, port=ours.port, ssl=listening)
     await scp.start()
     (made,) = make_backends(
-        pacs,
+        Associations(pacs, calling_ae_title=OURS, tls=context, receiver=collector),
         ae_title=OURS,
         listener=(ours.host, ours.port),
-        tls=context,
         https=context,
         receiver=collector,
         connect_timeout=5.0,
@@ -189,10 +189,9 @@ async def test_wado_rs(folder: Path, orthanc: peers.Orthanc, ours: peers.Entity,
             each.uid: each.dataset_bytes for each in study.instances
         }
         (made,) = make_backends(
-            pacs,
+            Associations(pacs, calling_ae_title=OURS),
             ae_title=OURS,
             listener=(ours.host, ours.port),
-            tls=None,
             https=client_context(folder / "strange"),
             receiver=collector,
             connect_timeout=5.0,

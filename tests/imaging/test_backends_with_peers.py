@@ -14,6 +14,7 @@ from tests.support import images, peers
 from tests.support.collecting import Collector
 from xca_imaging import settings, uids
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult, make_backends
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.decisions import Method
 from xca_imaging.imaging.store_scp import StoreScp
 
@@ -99,11 +100,11 @@ async def backend(archive: Archive, method: Method, collector: Collector) -> Asy
     scp = StoreScp(collector, ae_title=ours.ae_title, host=ours.host, port=ours.port)
     if method == "c-move":
         await scp.start()
+    listener = (ours.host, ours.port)
     made = make_backends(
-        pacs,
+        Associations(pacs, calling_ae_title=ours.ae_title, listener=listener, receiver=collector),
         ae_title=ours.ae_title,
-        listener=(ours.host, ours.port),
-        tls=None,
+        listener=listener,
         receiver=collector,
         connect_timeout=5.0,
         stall_timeout=20.0,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol, TypeVar
 
@@ -28,11 +27,11 @@ T = TypeVar("T")
 
 
 class SeriesFinder(Protocol):
-    """What is asked of a PACS by C-FIND before it is asked to send; both methods block."""
+    """What is asked of a PACS by C-FIND before it is asked to send."""
 
-    def find_series(self, study_instance_uid: str) -> Sequence[SeriesFacts]: ...
+    async def find_series(self, study_instance_uid: str) -> Sequence[SeriesFacts]: ...
 
-    def find_instances(self, study_instance_uid: str, series_instance_uid: str) -> Sequence[InstanceFacts]: ...
+    async def find_instances(self, study_instance_uid: str, series_instance_uid: str) -> Sequence[InstanceFacts]: ...
 
 
 class Facts:
@@ -42,8 +41,6 @@ class Facts:
     ----------
     routes : mapping
         RepositoryUniqueId -> PACS name.
-    executor : Executor
-        For what blocks.
     slot : callable
         Gives a context for a PACS name: inside it one association may be used.
 
@@ -58,11 +55,10 @@ class Facts:
     def __init__(
         self,
         routes: Mapping[str, str],
-        executor: Executor,
         slot: Callable[[str], AbstractAsyncContextManager[None]],
     ) -> None:
         self.finders: dict[str, SeriesFinder | None] = {}
-        self._routes, self._executor, self._slot = routes, executor, slot
+        self._routes, self._slot = routes, slot
         self._shared: dict[tuple[str, ...], asyncio.Task[Any]] = {}
 
     async def learn(self, wants: Sequence[Want], accept: Sequence[str]) -> dict[tuple[str, str], StudyIndex]:
@@ -87,7 +83,7 @@ class Facts:
         finder = self.finders[pacs]
         if finder is None:
             return None
-        found = await self._ask(pacs, lambda: finder.find_instances(study, series))
+        found = await self._ask(pacs, finder.find_instances(study, series))
         return None if found is None else {each.sop_instance_uid: each.sop_class_uid for each in found}
 
     async def close(self) -> None:
@@ -104,7 +100,7 @@ class Facts:
 
         async def ask() -> Mapping[str, int | None] | None:
             async with self._slot(pacs):
-                found = await self._ask(pacs, lambda: finder.find_series(study))
+                found = await self._ask(pacs, finder.find_series(study))
             return None if found is None else {each.series_instance_uid: each.number_of_instances for each in found}
 
         return await self._share((pacs, study), ask)
@@ -125,9 +121,9 @@ class Facts:
         shared: T = await asyncio.shield(task)
         return shared
 
-    async def _ask(self, pacs: str, ask: Callable[[], T]) -> T | None:
+    async def _ask(self, pacs: str, asked: Coroutine[Any, Any, T]) -> T | None:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, ask)
+            return await asked
         except XcaImagingError as error:
             _log.info("going on without C-FIND: %s", error)
         except Exception:

@@ -28,10 +28,11 @@ from xca_imaging.errors import PeerError, PeerRefused, RegistryError, Repository
 from xca_imaging.imaging import decisions as d
 from xca_imaging.imaging.arrival import Arrival, Dropped, SpoolingArrival
 from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult, make_backends
-from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.backends.cfind import Queries
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.backpressure import Backpressure
 from xca_imaging.imaging.budget import Budget
-from xca_imaging.imaging.facts import Facts, SeriesFinder
+from xca_imaging.imaging.facts import Facts
 from xca_imaging.imaging.holdings import Arrived, Begun, Brought, Failed, Transfer
 from xca_imaging.imaging.identity import Identities
 from xca_imaging.imaging.ledger import Want
@@ -52,6 +53,7 @@ A = TypeVar("A", bound=Arrival)
 
 _SOP_CLASS_NOT_SUPPORTED = 0x0122  # PS3.7 Annex C.5.6
 _NOT_AUTHORISED = 0x0124  # PS3.7 Annex C.5.13: what nobody asked for is not taken
+_READERS = 2  # threads that look into arrived objects: reads of a few hundred bytes
 _CLOCK_EVERY = 3600.0  # s between two looks at the wall clock, which jumps when summer time begins and ends
 
 
@@ -80,8 +82,6 @@ class Transfers:
         Seconds without a wanted byte after which a move is given up.
     tls, https : ssl.SSLContext, optional
         For the associations that we request; for requests by HTTP (WADO-RS).
-    make_backends, make_finder : callable
-        What moves and what asks, by PACS.
     grace, backoff : float
         See `Scheduler`.
     close_timeout : float
@@ -118,8 +118,6 @@ class Transfers:
         stall_timeout: float = 60.0,
         tls: ssl.SSLContext | None = None,
         https: ssl.SSLContext | None = None,
-        make_backends: Callable[[settings.Pacs], Mapping[d.Method, Backend]] | None = None,
-        make_finder: Callable[[settings.Pacs], SeriesFinder | None] | None = None,
         grace: float = 1.0,
         backoff: float = 0.5,
         close_timeout: float = 5.0,
@@ -138,7 +136,6 @@ class Transfers:
         self._connect_timeout = min(10.0, stall_timeout / 4)
         # Progress is told to the scheduler at most so often: a step for each fragment would cost more than the write.
         self._note_every = min(1.0, stall_timeout / 8)
-        self._make_backends, self._make_finder = make_backends or self._all_backends, make_finder or self._cfind
         self._scheduler = Scheduler(
             {each.name: _budget_of(each) for each in pacs},
             stall_timeout=stall_timeout,
@@ -146,10 +143,10 @@ class Transfers:
             grace=grace,
             backoff=backoff,
         )
-        # Each PACS's queries, and a few for looking into arrived objects.
-        self._executor = ThreadPoolExecutor(sum(each.max_associations for each in pacs) + 2, "transfer")
+        self._executor = ThreadPoolExecutor(_READERS, "transfer")
         self._backends: dict[str, Mapping[d.Method, Backend]] = {}
-        self._facts = Facts(self._routes, self._executor, self._slot)
+        self._associations: dict[str, Associations] = {}
+        self._facts = Facts(self._routes, self._slot)
         self._identities = Identities(pacs)
         self.stock = Stock(spool)
         self._numbers = itertools.count(1)
@@ -165,35 +162,30 @@ class Transfers:
         self._idle = asyncio.Event()
         self._closing = False
 
-    def _all_backends(self, pacs: settings.Pacs) -> Mapping[d.Method, Backend]:
-        return make_backends(
-            pacs,
-            ae_title=self._ae_title,
-            listener=self.listener,
-            tls=self._tls,
-            receiver=self,
-            connect_timeout=self._connect_timeout,
-            stall_timeout=self._stall_timeout,
-            https=self._https,
-        )
-
-    def _cfind(self, pacs: settings.Pacs) -> SeriesFinder:
-        return Finder(
-            pacs,
-            self._ae_title,
-            self._tls,
-            connect_timeout=self._connect_timeout,
-            response_timeout=min(60.0, self._stall_timeout),
-        )
-
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
         """Get ready to fetch: back ends, and the addresses by which PACSs are told apart when they call."""
         self._loop = asyncio.get_running_loop()
         for name, pacs in self._settings.items():
-            self._backends[name] = self._make_backends(pacs)
-            self._facts.finders[name] = self._make_finder(pacs)
+            associations = self._associations[name] = Associations(
+                pacs,
+                calling_ae_title=self._ae_title,
+                tls=self._tls,
+                listener=self.listener,
+                receiver=self,
+                connect_timeout=self._connect_timeout,
+            )
+            self._backends[name] = make_backends(
+                associations,
+                ae_title=self._ae_title,
+                listener=self.listener,
+                receiver=self,
+                connect_timeout=self._connect_timeout,
+                stall_timeout=self._stall_timeout,
+                https=self._https,
+            )
+            self._facts.finders[name] = Queries(associations, response_timeout=min(60.0, self._stall_timeout))
         self.backpressure = Backpressure(
             self._spool,
             slow_backlog=self._slow_backlog,
@@ -235,6 +227,8 @@ class Transfers:
         for backends in self._backends.values():
             for backend in backends.values():
                 await backend.close()
+        for associations in self._associations.values():
+            await associations.close()
         if self._timer is not None:
             self._timer.cancel()
         self._executor.shutdown(wait=False, cancel_futures=True)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from xca_imaging import settings
 from xca_imaging.imaging.decisions import Level, Method
 from xca_imaging.imaging.receiver import PeerAssociation, Receiver
+
+if TYPE_CHECKING:
+    from xca_imaging.imaging.backends.pool import Associations
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +85,10 @@ class Backend(Protocol):
 
 
 def make_backends(
-    pacs: settings.Pacs,
+    associations: Associations,
     *,
     ae_title: str,
     listener: tuple[str, int],
-    tls: ssl.SSLContext | None,
     receiver: Receiver,
     connect_timeout: float,
     stall_timeout: float,
@@ -96,30 +98,24 @@ def make_backends(
 
     Parameters
     ----------
+    associations : Associations
+        With that PACS; what it sends on them goes to the same receiver.
     ae_title : str
-        Ours: calling AE title and move destination.
+        Ours: the move destination.
     listener : tuple of str and int
         Host and port of our Storage SCP, for texts that say what to configure on the PACS.
-    tls, https : ssl.SSLContext, optional
-        For the associations that we request; for the requests that we make by HTTP.
     receiver : Receiver
-        Takes what a back end fetches itself.
+        Takes what comes by HTTP.
     connect_timeout, stall_timeout : float
-        Seconds for a connection to stand, and for one that does not move.
+        Seconds for an HTTP connection to stand, and for one that does not move.
+    https : ssl.SSLContext, optional
+        For the requests that we make by HTTP.
     """
     from xca_imaging.imaging.backends.cget import CGet
     from xca_imaging.imaging.backends.cmove import CMove
-    from xca_imaging.imaging.backends.pool import Associations
     from xca_imaging.imaging.backends.wadors import WadoRs
 
-    associations = Associations(
-        pacs,
-        calling_ae_title=ae_title,
-        tls=tls,
-        listener=listener,
-        receiver=receiver,
-        connect_timeout=connect_timeout,
-    )
+    pacs = associations.pacs
     made: dict[Method, Backend] = {}
     for method in dict.fromkeys((pacs.retrieve, *pacs.fallback)):
         match method:
