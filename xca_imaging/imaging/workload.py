@@ -275,7 +275,7 @@ class Store:
 
 
 def size_of_move(
-    batch: Batch, *, time_left: float | None = None, min_share: int = 32, slack: float = 1.25
+    batch: Batch, *, time_left: float | None = None, longest: float = 20.0, min_share: int = 32, slack: float = 1.25
 ) -> tuple[Level, int]:
     """Return the level at which a batch is moved next, and how many instances at most.
 
@@ -287,6 +287,8 @@ def size_of_move(
     ----------
     time_left : float, optional
         Seconds after which nothing more is started, until all moves have ended: they are to end together.
+    longest : float
+        Seconds that a move may take, by what was seen of the PACS: who is more urgent waits for moves that run.
     min_share : int
         Instances below which a share is not worth a move: an association and an identifier cost a PACS about as much
         as some instances.
@@ -297,10 +299,8 @@ def size_of_move(
     pacs, budget = head.pacs, head.pacs.budget
     limit = 1 if head.one_by_one or pacs.lists_fail else budget.uid_list_limit
     even = -(-(pacs.queued.get(head.accept, 0) + pacs.moving) // pacs.window)
+    even = min(even, int(min(longest, longest if time_left is None else time_left) / pacs.seconds_each))
     share = max(min_share, even)
-    if time_left is not None:
-        even = min(even, int(time_left / pacs.seconds_each))
-        share = max(min_share, min(share, even))
     if budget.bytes_per_second:  # moves of at most some seconds, so that the rate is even
         share = max(1, min(share, int(10 * budget.bytes_per_second / head.estimate)))
     if budget.level != "image" and batch.is_whole:
