@@ -8,9 +8,9 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from xca_imaging.imaging.arrival import Dropped
@@ -18,6 +18,35 @@ if TYPE_CHECKING:
 
 MAX_NOTIFICATION = 1_000_000
 """Bytes of the data set of an N-CREATE, which is collected in memory: references to some 5000 instances."""
+
+T = TypeVar("T")
+
+
+class Later(Generic[T]):
+    """An answer that another process has yet to give. The association waits for it, its neighbours do not."""
+
+    # Mutable state: whether and what it was answered, and who is called then.
+    __slots__ = ("_answers", "_then", "is_known")
+
+    def __init__(self) -> None:
+        self.is_known = False
+        self._answers: list[T] = []
+        self._then: Callable[[T], None] | None = None
+
+    def tell(self, answer: T) -> None:
+        """Give the answer; it counts once."""
+        if not self.is_known:
+            self.is_known = True
+            self._answers.append(answer)
+            if self._then is not None:
+                self._then(answer)
+
+    def then(self, take: Callable[[T], None]) -> None:
+        """Call `take` with the answer, at once when it is there."""
+        if self.is_known:
+            take(self._answers[0])
+        else:
+            self._then = take
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +66,7 @@ class PeerAssociation:
     pacs: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class StoreRequest:
+class StoreRequest(NamedTuple):
     """A C-STORE-RQ. The SOP class is that of the command, the transfer syntax that of its presentation context."""
 
     association: PeerAssociation
@@ -58,7 +86,7 @@ class Incoming(Protocol):
         SpoolFull and OSError are answered with status A700H; the rest of the data set is read and dropped.
         """
 
-    def commit(self) -> int:
+    def commit(self) -> int | Later[int]:
         """Return the DIMSE status of the whole instance: 0000H only when it is owned."""
 
     def discard(self, reason: str) -> None:
@@ -93,7 +121,7 @@ class Receiving(Protocol):
 class Receiver(Protocol):
     """Who wants instances. All methods are called on the event loop and must not block it."""
 
-    def accepted_syntaxes(self, association: PeerAssociation) -> Sequence[str] | None:
+    def accepted_syntaxes(self, association: PeerAssociation) -> Sequence[str] | Later[Sequence[str] | None] | None:
         """Return the transfer syntaxes that this peer may use, best first; None: any, in the house order."""
 
     def begin(self, request: StoreRequest) -> Incoming | int:
@@ -109,7 +137,7 @@ class Receiver(Protocol):
         sop_instance_uid: str,
         dataset: bytes,
         transfer_syntax_uid: str,
-    ) -> int:
+    ) -> int | Later[int]:
         """Take an Instance Availability Notification (N-CREATE) and return its DIMSE status.
 
         Parameters

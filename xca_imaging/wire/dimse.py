@@ -17,6 +17,7 @@ References
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ C_FIND_RQ = 0x0020
 C_MOVE_RQ = 0x0021
 C_ECHO_RQ = 0x0030
 C_CANCEL_RQ = 0x0FFF
+N_CREATE_RQ = 0x0140
 RESPONSE = 0x8000
 
 NO_DATA_SET = 0x0101  # Command Data Set Type (0000,0800); any other value announces a data set
@@ -43,8 +45,10 @@ STATUS_SUCCESS = 0x0000
 STATUS_PROCESSING_FAILURE = 0x0110
 STATUS_INVALID_SOP_INSTANCE = 0x0117
 STATUS_NO_SUCH_SOP_CLASS = 0x0118
+STATUS_MISSING_ATTRIBUTE = 0x0120
 STATUS_REFUSED_NOT_AUTHORIZED = 0x0124
 STATUS_UNRECOGNIZED_OPERATION = 0x0211
+STATUS_RESOURCE_LIMITATION = 0x0213
 STATUS_OUT_OF_RESOURCES = 0xA700
 STATUS_CANNOT_UNDERSTAND = 0xC000
 
@@ -103,7 +107,7 @@ class CCancelRequest(NamedTuple):
 
 
 class OtherRequest(NamedTuple):
-    """A request of a service that is not offered here."""
+    """A request of any other service; N-CREATE is the only one of them that is offered here."""
 
     command_field: int
     message_id: int
@@ -145,15 +149,15 @@ def _elements(data: bytes) -> dict[int, bytes]:
         if end - position < 8:
             raise DicomProtocolError("command element cut short (PS3.7 6.3.1)", pdu.ABORT_INVALID_PDU_PARAMETER)
         group, element, length = unpack(data, position)
-        position += 8
-        if group or length > end - position:
+        stop = position + 8 + length
+        if group or stop > end:
             raise DicomProtocolError(
-                f"command element ({group:04x},{element:04x}) of {length} bytes where {end - position} are left "
+                f"command element ({group:04x},{element:04x}) of {length} bytes where {end - position - 8} are left "
                 "(PS3.7 6.3.1)",
                 pdu.ABORT_INVALID_PDU_PARAMETER,
             )
-        values[element] = data[position : position + length]
-        position += length
+        values[element] = data[position + 8 : stop]
+        position = stop
     return values
 
 
@@ -334,19 +338,26 @@ def encode_response(
         (0000,0900)  Status
         (0000,1000)  AffectedSOPInstanceUID, where there is one
     """
-    return _command_set(
-        _encode_uid(_AFFECTED_SOP_CLASS_UID, sop_class_uid)
-        + _RESPONSE_ELEMENTS.pack(
-            *(0, _COMMAND_FIELD, 2, command_field | RESPONSE),
-            *(0, _MESSAGE_ID_BEING_RESPONDED_TO, 2, message_id),
-            *(0, _COMMAND_DATA_SET_TYPE, 2, NO_DATA_SET),
-            *(0, _STATUS, 2, status),
-        )
+    elements = (
+        _response_head(command_field, sop_class_uid)
+        + _RESPONSE_TAIL.pack(message_id, _NO_DATA_SET_THEN_STATUS, status)
         + _encode_uid(_AFFECTED_SOP_INSTANCE_UID, sop_instance_uid)
+    )
+    return _GROUP.pack(0, _GROUP_LENGTH, 4, len(elements)) + elements
+
+
+@functools.lru_cache(maxsize=64)  # the services and classes of the associations at work; an entry is 100 bytes
+def _response_head(command_field: int, sop_class_uid: str) -> bytes:
+    """Return what is the same for all responses of a SOP class, up to the value of (0000,0120)."""
+    return (
+        _encode_uid(_AFFECTED_SOP_CLASS_UID, sop_class_uid)
+        + _encode_us(_COMMAND_FIELD, command_field | RESPONSE)
+        + _ELEMENT.pack(0, _MESSAGE_ID_BEING_RESPONDED_TO, 2)
     )
 
 
-_RESPONSE_ELEMENTS = struct.Struct("<" + "HHLH" * 4)
+_NO_DATA_SET_THEN_STATUS = _encode_us(_COMMAND_DATA_SET_TYPE, NO_DATA_SET) + _ELEMENT.pack(0, _STATUS, 2)
+_RESPONSE_TAIL = struct.Struct(f"<H{len(_NO_DATA_SET_THEN_STATUS)}sH")
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -527,6 +527,11 @@ class Reader:
         self._is_command = False
         self._is_last = False
 
+    @property
+    def data_left(self) -> int:
+        """Bytes that are still to come of the presentation data value that has begun."""
+        return self._pdv_left
+
     def receive(self, data: memoryview) -> Iterator[Pdu | Fragment]:
         """Yield what `data`, the next bytes of the stream, completes.
 
@@ -538,10 +543,13 @@ class Reader:
         position, end = 0, len(data)
         while position < end:
             if self._pdv_left:
-                stop = min(end, position + self._pdv_left)
-                self._pdv_left -= stop - position
-                is_last = self._is_last and not self._pdv_left
-                yield Fragment(self._context_id, self._is_command, is_last, data[position:stop])
+                stop = position + self._pdv_left
+                if stop > end:
+                    self._pdv_left = stop - end
+                    yield Fragment(self._context_id, self._is_command, False, data[position:])
+                    return
+                self._pdv_left = 0
+                yield Fragment(self._context_id, self._is_command, self._is_last, data[position:stop])
                 position = stop
             elif self._collecting is not None:
                 stop = min(end, position + self._body_length - len(self._body))
@@ -553,6 +561,14 @@ class Reader:
                     yield decode(memoryview(body))
             elif end - position >= 12 and data[position] == _P_DATA_TF and not self._pdu_left and not self._header:
                 # What nearly every read begins with: a P-DATA-TF and its first presentation data value.
+                _, pdu_length, length, context_id, control = _P_DATA_HEADER.unpack_from(data, position)
+                stop = position + _HEADER_LENGTH + pdu_length
+                if 2 < length == pdu_length - 4 <= self._max_pdu_length - 4 and stop <= end:
+                    # The value fills the PDU, and is here as a whole: nothing needs to be remembered.
+                    is_command, is_last = control & _CONTROL_COMMAND != 0, control & _CONTROL_LAST != 0
+                    yield Fragment(context_id, is_command, is_last, data[position + 2 * _HEADER_LENGTH : stop])
+                    position = stop
+                    continue
                 self._start_pdu(data[position : position + _HEADER_LENGTH])
                 position += 2 * _HEADER_LENGTH
                 if self._start_pdv(data[position - _HEADER_LENGTH : position]):

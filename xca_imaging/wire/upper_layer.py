@@ -259,8 +259,15 @@ class UpperLayer:
         self._output: list[bytes] = []
         self._lost = False
 
+    @property
+    def data_left(self) -> int:
+        """Bytes that are still to come of the presentation data value that has begun."""
+        return self._reader.data_left
+
     def take_output(self) -> bytes:
         """Return what is to be sent now, and forget it."""
+        if not self._output:
+            return b""
         output = b"".join(self._output)
         self._output.clear()
         return output
@@ -298,9 +305,10 @@ class UpperLayer:
         """
         if self._lost:
             return
+        fragment = pdu.Fragment
         try:
             for item in self._reader.receive(data):
-                if isinstance(item, pdu.Fragment):
+                if isinstance(item, fragment):
                     # Event 10. The two cells that pass data on are by far the busiest of the table.
                     if self.state is State.STA6 or self.state is State.STA7:
                         if item.context_id not in self.contexts:
@@ -388,16 +396,17 @@ def _is_other_service(name: str, kind: str) -> bool:
 
 
 _OTHER_SERVICES = frozenset(str(uid) for uid, entry in UID_dictionary.items() if _is_other_service(entry[0], entry[1]))
+INSTANCE_AVAILABILITY_NOTIFICATION = "1.2.840.10008.5.1.4.33"  # PS3.4 R.3
 _MEDIA_STORAGE_DIRECTORY = "1.2.840.10008.1.3.10"  # a DICOMDIR is written to media, never sent (PS3.10 8.6)
 
 
 def accepts_abstract_syntax(abstract_syntax: str) -> bool:
-    """True for Verification and whatever may be a Storage SOP Class.
+    """True for Verification, Instance Availability Notification and whatever may be a Storage SOP Class.
 
     A class that the dictionary does not know is private, or newer than it, and is accepted: what matters of an object
     in transit is that its bytes arrive.
     """
-    if abstract_syntax == uids.VERIFICATION_SOP_CLASS:
+    if abstract_syntax in (uids.VERIFICATION_SOP_CLASS, INSTANCE_AVAILABILITY_NOTIFICATION):
         return True
     return (
         bool(abstract_syntax) and abstract_syntax not in _OTHER_SERVICES and abstract_syntax != _MEDIA_STORAGE_DIRECTORY
@@ -431,7 +440,7 @@ def negotiate(contexts: Sequence[pdu.PresentationContext], wanted: Sequence[str]
     ----------
     wanted : sequence of str, optional
         Transfer syntaxes that instances may come in, best first; None takes any, in the house order. Verification has
-        no data set and is accepted in any syntax.
+        no data set and is accepted in any syntax, notifications in the two that every reader can read.
 
     References
     ----------
@@ -447,8 +456,11 @@ def negotiate(contexts: Sequence[pdu.PresentationContext], wanted: Sequence[str]
         if not accepts_abstract_syntax(context.abstract_syntax):
             result = pdu.CONTEXT_ABSTRACT_SYNTAX_NOT_SUPPORTED
         else:
-            is_any = wanted is None or context.abstract_syntax == uids.VERIFICATION_SOP_CLASS
-            best = _choose(proposed, HOUSE_ORDER if is_any or wanted is None else wanted, is_any=is_any)
+            if context.abstract_syntax == INSTANCE_AVAILABILITY_NOTIFICATION:
+                best = _choose(proposed, HOUSE_ORDER[:2], is_any=False)
+            else:
+                is_any = wanted is None or context.abstract_syntax == uids.VERIFICATION_SOP_CLASS
+                best = _choose(proposed, HOUSE_ORDER if is_any or wanted is None else wanted, is_any=is_any)
             if best is None:
                 result = pdu.CONTEXT_TRANSFER_SYNTAXES_NOT_SUPPORTED
                 known = refused.get(context.abstract_syntax, ())
