@@ -483,6 +483,24 @@ async def test_what_is_no_notification_or_too_much_is_refused(desk: Desk, monkey
     assert watch.notify(None, notified("1.2.0"), ExplicitVRLittleEndian) == 0  # it waits already
 
 
+async def test_a_long_notification_is_answered_before_it_is_read(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    watch = Watch([desk.follower])
+    long = written(notification(1000))
+    assert len(long) > watching._READ_AT_ONCE
+    assert watch.notify("main", long, ExplicitVRLittleEndian) == 0x0000
+    assert desk.follower.waiting == 0
+    broken = b"\xff" * len(long)
+    assert watch.notify("main", broken, ExplicitVRLittleEndian) == 0x0000
+    monkeypatch.setattr(watching, "_MOST_READING", 2)
+    assert watch.notify("main", long, ExplicitVRLittleEndian) == 0x0213
+    await asyncio.gather(*watch._reading)
+    assert desk.follower.waiting == 1
+    assert "of no use" in caplog.text
+    assert watch._reading == set()
+
+
 async def test_a_notification_wakes_the_follower(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watching, "_NOTIFIED_QUIET", 0.05)
     desk.hold(numbered(studies.study()))

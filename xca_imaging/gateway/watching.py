@@ -34,7 +34,7 @@ from xca_imaging.gateway.publications import Publications, StudyRecord
 from xca_imaging.gateway.publishing import Published, Publisher, Selection, publishers_of
 from xca_imaging.gateway.publishing_peers import Repository
 from xca_imaging.gateway.repositories import RepositoryElsewhere, TransferredObjects
-from xca_imaging.imaging.availability import Availability, read_notification
+from xca_imaging.imaging.availability import Availability, Notification, read_notification
 from xca_imaging.imaging.study import NO_NUMBERS, StudyFacts, series_signature, study_signature
 from xca_imaging.imaging.transfer import Transfers
 from xca_imaging.operations.metrics import Metrics
@@ -50,6 +50,8 @@ _NOTIFIED_QUIET = 5.0  # s without another notification of a study before it is 
 _NOTIFIED_LATEST = 60.0  # s after the first one when it is looked at all the same
 _MOST_NOTIFIED = 10_000  # studies that wait; a modality that stores a day's work notifies some hundred
 _NOTIFIED_ATTEMPTS = 8
+_READ_AT_ONCE = 32_000  # bytes of a notification: some 350 instances, read in 15 ms
+_MOST_READING = 16  # longer ones that are read in threads at a time
 
 _SUCCESS, _RESOURCE_LIMITATION = 0x0000, 0x0213  # PS3.7 C.5: status of N-CREATE
 
@@ -313,8 +315,11 @@ class Follower:
 class Watch:
     """The followers of all PACSs of a node, and who tells them what was notified."""
 
+    # Mutable state: `_reading`, long notifications that are being read.
+
     def __init__(self, followers: Iterable[Follower]) -> None:
         self.followers: Mapping[str, Follower] = {follower.name: follower for follower in followers}
+        self._reading: set[asyncio.Task[None]] = set()
 
     async def run(self, *, is_sweeping: bool) -> None:
         """Follow until cancelled."""
@@ -326,18 +331,34 @@ class Watch:
         """Take an Instance Availability Notification and return its DIMSE status.
 
         The PACSs that it names as those to retrieve from are asked about the study; else the one that sent it; else
-        all.
+        all. A long one is answered before it is read, because that would hold everything else up.
 
         Parameters
         ----------
         pacs : str or None
             Name of the PACS that sent it, where that can be told.
         """
+        if len(dataset) <= _READ_AT_ONCE:
+            try:
+                return self._take(pacs, read_notification(dataset, transfer_syntax_uid))
+            except NotificationError as exc:
+                log.warning("availability notification of %s refused (%04XH): %s", pacs or "a peer", exc.status, exc)
+                return exc.status
+        if len(self._reading) >= _MOST_READING:
+            return _RESOURCE_LIMITATION
+
+        task = asyncio.get_running_loop().create_task(self._read(pacs, dataset, transfer_syntax_uid))
+        self._reading.add(task)
+        task.add_done_callback(self._reading.discard)
+        return _SUCCESS
+
+    async def _read(self, pacs: str | None, dataset: bytes, transfer_syntax_uid: str) -> None:
         try:
-            notification = read_notification(dataset, transfer_syntax_uid)
+            self._take(pacs, await asyncio.to_thread(read_notification, dataset, transfer_syntax_uid))
         except NotificationError as exc:
-            log.warning("availability notification of %s refused (%04XH): %s", pacs or "a peer", exc.status, exc)
-            return exc.status
+            log.warning("availability notification of %s is of no use: %s", pacs or "a peer", exc)
+
+    def _take(self, pacs: str | None, notification: Notification) -> int:
         titles = notification.retrieve_ae_titles
         asked = [each for each in self.followers.values() if each.publisher.pacs.ae_title in titles]
         asked = asked or [each for name, each in self.followers.items() if pacs in (None, name)]
