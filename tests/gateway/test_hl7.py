@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -15,10 +16,12 @@ import pytest
 from hl7.mllp import open_hl7_connection
 
 from tests.registry.samples import HOME
+from tests.security.test_tls import Authority, configured
 from tests.transactions.test_iti8 import ADMIT, MERGE, PATIENT, SUBSUMED
 from xca_imaging.gateway.hl7 import IdentityFeed
 from xca_imaging.registry import Registry, events
 from xca_imaging.registry.administration import Administration
+from xca_imaging.security import tls
 
 DEADLINE = 10.0
 
@@ -177,6 +180,36 @@ async def test_a_message_that_is_being_applied_is_answered_at_shutdown(
     assert await reader.read() == b""
     assert await idle.read() == b""
     unused.close()
+    writer.close()
+
+
+async def test_mutual_tls(feeding: Feeding, tmp_path: Path) -> None:
+    Authority("CA").issue(tmp_path, "node", "registry")
+    settings = configured(tmp_path)
+    server = tls.server_context(settings, settings.http.tls, "http.tls")
+    client = tls.client_context(settings, settings.http.tls, "http.tls")
+    feed = IdentityFeed(feeding.administration, feeding.executor)
+    feeding.feeds.append(feed)
+    address = await feed.start("127.0.0.1", 0, server)
+    reader, writer = await asyncio.open_connection(*address, ssl=client)
+    writer.write(block(ADMIT))
+    assert await answers(reader) == ["AA"]
+    writer.close()
+    await writer.wait_closed()
+    reader, writer = await asyncio.open_connection(*address)  # without TLS
+    writer.write(block(ADMIT))
+    with contextlib.suppress(ConnectionError):
+        assert b"MSA" not in await reader.read()
+    writer.close()
+    assert len(feeding.events()) == 1
+
+
+async def test_messages_are_counted(feeding: Feeding) -> None:
+    counted: list[str] = []
+    reader, writer = await asyncio.open_connection(*await feeding.listen(count=counted.append))
+    writer.write(block(ADMIT) + block(ADMIT.replace("PID|", "ZID|")))
+    await answers(reader, 2)
+    assert counted == ["answered", "refused"]
     writer.close()
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import select
 
 from tests.registry.samples import AUTHORITY, HOME, OTHER_PATIENT, PATIENT, decoded, document, folder, into_folder
 from tests.registry.samples import submission as submission_of
+from tests.registry.test_concurrency import at_once
 from xca_imaging import errors, uids
 from xca_imaging.metadata.model import DocumentEntry, SubmissionSet
 from xca_imaging.metadata.stored_query import FindDocuments, GetAll, StoredQuery
 from xca_imaging.registry import Registry, events
 from xca_imaging.registry.administration import Administration
 from xca_imaging.registry.events import Requester
+from xca_imaging.registry.tables import ObjectRow
 from xca_imaging.transactions.identity_feed import Added, Feed, FeedMessage, FeedRefused, Merged, Revised
 
 FEED = Requester("adt", "urn:uuid:1")
@@ -157,6 +160,24 @@ def test_only_domains_that_the_registry_takes(url: str) -> None:
     with pytest.raises(FeedRefused, match="assigning authority"):
         told(administration, Added((FOREIGN,)))
     registry.close()
+
+
+def test_a_merge_among_submissions_leaves_nothing_behind(registry: Registry, administration: Administration) -> None:
+    def attempt(number: int) -> str:
+        if number == 0:
+            told(administration, Merged((B,), (A,)))
+            return "merged"
+        try:
+            for _ in range(5):
+                register(registry, A)
+        except errors.SubmissionRefused as problem:
+            return ",".join(each.code for each in problem.errors)
+        return "registered"
+
+    assert set(at_once(attempt)) <= {"merged", "registered", "XDSUnknownPatientId"}
+    assert documents_of(registry, A) == []
+    with registry.database.reading() as connection:
+        assert set(connection.scalars(select(ObjectRow.patient_id))) <= {B}
 
 
 def test_feeds_leave_events(registry: Registry, administration: Administration) -> None:

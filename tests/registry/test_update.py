@@ -19,6 +19,7 @@ from tests.registry.samples import (
     into_folder,
     submission,
 )
+from tests.registry.test_concurrency import THREADS, at_once
 from tests.registry.test_patients import read_events
 from xca_imaging import errors, uids
 from xca_imaging.metadata.model import Association, DocumentEntry, Folder, RegistryObject, Submission
@@ -392,6 +393,26 @@ def test_an_association_that_nothing_submits(registry: Registry, administration:
     entry, kept = registered(registry, document(), folder())
     alone = submission(associations=[association(uids.HAS_MEMBER, kept.entry_uuid, entry.entry_uuid)])
     assert refused(registry, administration, alone) == ["XDSMetadataUpdateOperationError"]
+
+
+# --- Several at once --------------------------------------------------------------------------------------------------
+
+
+def test_of_several_updates_from_one_version_one_wins(registry: Registry, administration: Administration) -> None:
+    (first,) = registered(registry, document())
+
+    def attempt(number: int) -> str:
+        try:
+            administration.update(update_of(replace(first, title=f"by {number}")), ADMINISTRATOR)
+        except errors.SubmissionRefused as problem:
+            return ",".join(each.code for each in problem.errors)
+        return "updated"
+
+    assert at_once(attempt) == ["XDSMetadataVersionError"] * (THREADS - 1) + ["updated"]
+    assert [each.availability_status for each in versions_of(registry, first.entry_uuid)] == [
+        uids.DEPRECATED,
+        uids.APPROVED,
+    ]
 
 
 # --- On-demand entries and events -------------------------------------------------------------------------------------

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hl7
 import pytest
 from hl7apy.core import Message
+from hypothesis import given
+from hypothesis import strategies as st
 
 from xca_imaging.errors import MalformedMessage
 from xca_imaging.transactions import iti8
@@ -176,6 +178,23 @@ def test_an_acknowledgement_goes_back_where_the_message_came_from():
 def test_what_has_no_header_cannot_be_answered(data):
     with pytest.raises(MalformedMessage):
         iti8.decode_header(data)
+
+
+_PIECES = st.sampled_from([*"|^~\\&\r\nPID", "MRG", "MSH", "^^^", "&1.2&ISO", "\\", "~~", "\x00", "ä", "1"])
+
+
+@given(pieces=st.lists(st.tuples(st.integers(0, len(MERGE)), _PIECES), max_size=12))
+def test_a_message_that_is_garbled_is_read_or_refused(pieces):
+    text = MERGE
+    for position, piece in pieces:
+        text = text[:position] + piece + text[position:]
+    data = text.encode()
+    try:
+        iti8.decode_message(iti8.decode_header(data), data)
+    except MalformedMessage:
+        pass
+    except iti8.NotAccepted as problem:
+        iti8.encode_acknowledgement(iti8.decode_header(data), control_id="1", time="2024", problem=problem)
 
 
 @pytest.mark.parametrize("cut", range(9, len(MERGE), 7))

@@ -52,6 +52,8 @@ class IdentityFeed:
         Seconds between two messages of a connection. Interface engines keep theirs open through quiet hours.
     stall_timeout : float
         Seconds in which a message that has begun must go on, and an answer be taken.
+    count : callable
+        Is told `answered` or `refused` with each message.
     """
 
     # Mutable state: the server, whether it closes, the task of each connection, and those that apply a message.
@@ -65,11 +67,12 @@ class IdentityFeed:
         max_connections: int = 64,
         idle_timeout: float = 3600.0,
         stall_timeout: float = 60.0,
+        count: Callable[[str], None] = lambda outcome: None,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._administration, self._executor, self._now = administration, executor, now
         self._max_message, self._max_connections = max_message, max_connections
-        self._idle_timeout, self._stall_timeout = idle_timeout, stall_timeout
+        self._idle_timeout, self._stall_timeout, self._count = idle_timeout, stall_timeout, count
         self._server: asyncio.Server | None = None
         self._closing = False
         self._connections: set[asyncio.Task[None]] = set()
@@ -174,6 +177,7 @@ class IdentityFeed:
         if problem is not None:
             # The reason may name patient ids: it goes to the sender and into the event, not into the log.
             log.warning("identity feed: message %s of %s: %s", header.message_id, peer, problem.code)
+        self._count("refused" if problem else "answered")
         control_id = uuid.uuid4().hex[:20]
         return iti8.encode_acknowledgement(
             header, control_id=control_id, time=self._now().strftime("%Y%m%d%H%M%S"), problem=problem
