@@ -9,6 +9,7 @@ import pytest
 
 from tests.registry.conftest import NOW
 from tests.registry.samples import (
+    HOME,
     OTHER_PATIENT,
     PATIENT,
     association,
@@ -24,6 +25,7 @@ from tests.registry.test_patients import read_events
 from xca_imaging import errors, uids
 from xca_imaging.metadata.model import Association, DocumentEntry, Folder, RegistryObject, Submission
 from xca_imaging.metadata.stored_query import GetAll, StoredQuery
+from xca_imaging.metadata.vocabulary import Vocabulary
 from xca_imaging.registry import Registry
 from xca_imaging.registry.administration import Administration
 from xca_imaging.registry.events import Requester
@@ -212,6 +214,15 @@ def test_updates_that_are_refused(
 ) -> None:
     (first,) = registered(registry, document(hash="2fd4e1c67a2d28fced849ee1bb76e7391b93eb12", size=43))
     assert refused(registry, administration, make(first)) == codes
+
+
+def test_codes_that_the_affinity_domain_does_not_allow(url: str) -> None:
+    vocabulary = Vocabulary({"typeCode": frozenset({("ct-chest", "1.3.6.1.4.1.21367.2017.3")})})
+    registry = Registry.open(url, home_community_id=HOME, vocabulary=vocabulary)
+    (first,) = registered(registry, document())
+    request = update_of(replace(first, type_code=code("another")))
+    assert refused(registry, Administration(registry), request) == ["XDSRegistryMetadataError"]
+    registry.close()
 
 
 def test_an_update_under_an_id_that_is_taken(registry: Registry, administration: Administration) -> None:

@@ -56,7 +56,7 @@ class Administration:
             With all that is wrong in the message, or with all that is wrong with it in this registry.
         """
         with self._refusals("ITI-57", "update", requester, _patient_of(submission), _objects_of(submission)):
-            operations = update.read_operations(submission)
+            operations = update.read_operations(submission, self._registry.policy.vocabulary)
             with self._registry.database.writing() as connection:
                 now = self._registry.now()
                 registered = update.apply(connection, operations, self._registry.policy, now)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import cast
 
-from sqlalchemy import insert, select
+from sqlalchemy import select
 
 from xca_imaging import errors, uids
 from xca_imaging.metadata import ebrim
@@ -19,12 +19,12 @@ from xca_imaging.metadata.model import DocumentEntry, Submission
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.metadata.validate import validate_submission
 from xca_imaging.metadata.vocabulary import ANY, Vocabulary
-from xca_imaging.registry import search, submit
+from xca_imaging.registry import patients, search, submit
 from xca_imaging.registry.database import Database
 from xca_imaging.registry.rules import Policy
 from xca_imaging.registry.search import Found
 from xca_imaging.registry.submit import Registered
-from xca_imaging.registry.tables import DocumentEntryRow, ObjectRow, PatientRow, ReferenceIdRow, Status
+from xca_imaging.registry.tables import DocumentEntryRow, ObjectRow, ReferenceIdRow, Status
 from xca_imaging.wire import xml
 
 MAX_RESULTS = 5000
@@ -146,10 +146,7 @@ class Registry:
     def add_patients(self, patient_ids: Sequence[str]) -> None:
         """Make patients known, as an identity feed does (ITI-8, ITI-44)."""
         with self.database.writing() as connection:
-            known = set(connection.scalars(select(PatientRow.patient_id).where(PatientRow.patient_id.in_(patient_ids))))
-            new = [{"patient_id": patient_id} for patient_id in dict.fromkeys(patient_ids) if patient_id not in known]
-            if new:
-                connection.execute(insert(PatientRow), new)
+            patients.add(connection, patient_ids)
 
     def check(self) -> None:
         """Ask the database for nothing: it answers, or the error of its driver is raised."""

@@ -36,6 +36,7 @@ from xca_imaging.metadata.model import (
     SubmissionSet,
 )
 from xca_imaging.metadata.validate import RELATIONSHIPS, validate_submission
+from xca_imaging.metadata.vocabulary import ANY, Vocabulary
 from xca_imaging.registry import rules, submit
 from xca_imaging.registry.database import chunks
 from xca_imaging.registry.rules import Policy, describe
@@ -85,7 +86,7 @@ class _State:
 # --- What is asked for ------------------------------------------------------------------------------------------------
 
 
-def read_operations(submission: Submission) -> Operations:
+def read_operations(submission: Submission, vocabulary: Vocabulary = ANY) -> Operations:
     """Return the operations of an update.
 
     Raises
@@ -93,7 +94,7 @@ def read_operations(submission: Submission) -> Operations:
     SubmissionRefused
         With all that is wrong with the message in itself: what is no operation, and what each operation lacks.
     """
-    problems = _message_problems(submission)
+    problems = _message_problems(submission, vocabulary)
     if len(submission.submission_sets) != 1:
         raise SubmissionRefused(problems)
     submission_set = submission.submission_sets[0]
@@ -144,7 +145,7 @@ def versioned_objects(submission: Submission) -> list[DocumentEntry | Folder]:
     return [*submission.documents, *submission.folders]
 
 
-def _message_problems(submission: Submission) -> list[RegistryError]:
+def _message_problems(submission: Submission, vocabulary: Vocabulary) -> list[RegistryError]:
     """Return what is wrong with the objects: they must be as those of a registration (ITI-42)."""
     packages = {item.entry_uuid for item in submission.submission_sets}
     objects = {item.entry_uuid for item in versioned_objects(submission)}
@@ -162,7 +163,8 @@ def _message_problems(submission: Submission) -> list[RegistryError]:
                 for each in submission.associations
                 if each.type == uids.HAS_MEMBER and each.source in packages and each.target in objects
             ),
-        )
+        ),
+        vocabulary=vocabulary,
     )
 
 
