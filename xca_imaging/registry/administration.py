@@ -14,16 +14,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 from sqlalchemy import select
 
-from xca_imaging import errors, uids
 from xca_imaging.errors import RegistryError, SubmissionRefused
 from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import DocumentEntry, Submission
-from xca_imaging.metadata.validate import validate_submission
-from xca_imaging.registry import events, patients, remove, submit, update
+from xca_imaging.registry import events, patients, remove, update
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.events import Requester
 from xca_imaging.registry.patients import Change
@@ -85,28 +84,17 @@ class Administration:
             As a registration; also for an entry that is a stable document's.
         """
         with self._refusals("ITI-61", "register", requester, _patient_of(submission), _objects_of(submission)):
-            problems = validate_submission(submission, vocabulary=self._registry.policy.vocabulary)
-            problems += [
-                errors.RegistryMetadataError(f"DocumentEntry {entry.entry_uuid} is stable: it needs ITI-42")
-                for entry in submission.documents
-                if entry.object_type != uids.ON_DEMAND_DOCUMENT
-            ]
-            if problems:
-                raise SubmissionRefused(problems)
-            with self._registry.database.writing() as connection:
-                now = self._registry.now()
-                registered = submit.apply(connection, submission, self._registry.policy, now)
-                events.record(
-                    connection,
-                    now=now,
-                    transaction="ITI-61",
-                    action="register",
-                    requester=requester,
-                    patient_id=_patient_of(submission),
-                    objects=[entry.unique_id for entry in submission.documents],
-                    submission_set=submission.submission_sets[0].unique_id,
-                )
-                return registered
+            record = partial(
+                events.record,
+                now=self._registry.now(),
+                transaction="ITI-61",
+                action="register",
+                requester=requester,
+                patient_id=_patient_of(submission),
+                objects=[entry.unique_id for entry in submission.documents],
+                submission_set=submission.submission_sets[0].unique_id if submission.submission_sets else "",
+            )
+            return self._registry.register(submission, on_demand=True, beside=record)
 
     def remove(self, entry_uuids: Sequence[str], requester: Requester) -> list[Removed]:
         """Remove objects for good (ITI-62), all of them or none.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import cast
 
-from sqlalchemy import select
+from sqlalchemy import Connection, select
 
 from xca_imaging import errors, uids
 from xca_imaging.metadata import ebrim
@@ -93,13 +93,21 @@ class Registry:
             raise
         return cls(database, policy, max_results=max_results, now=now)
 
-    def register(self, submission: Submission, *, on_demand: bool = False) -> Registered:
+    def register(
+        self,
+        submission: Submission,
+        *,
+        on_demand: bool = False,
+        beside: Callable[[Connection], None] = lambda connection: None,
+    ) -> Registered:
         """Register a submission (ITI-42), durably and as a whole, or refuse it as a whole.
 
         Parameters
         ----------
         on_demand : bool
-            The transaction registers on-demand entries (ITI-61); ITI-42 does not.
+            The transaction registers on-demand entries (ITI-61) and no others; ITI-42 the others.
+        beside : callable
+            Writes what belongs to the registration in its database transaction.
 
         Raises
         ------
@@ -107,16 +115,18 @@ class Registry:
             With all that is wrong in the message, or with all that is wrong with it in this registry.
         """
         problems = validate_submission(submission, vocabulary=self.policy.vocabulary)
-        if not on_demand:
-            problems += [
-                errors.RegistryMetadataError(f"DocumentEntry {entry.entry_uuid} is on-demand: it needs ITI-61")
-                for entry in submission.documents
-                if entry.object_type == uids.ON_DEMAND_DOCUMENT
-            ]
+        kind, other = ("stable", "ITI-42") if on_demand else ("on-demand", "ITI-61")
+        problems += [
+            errors.RegistryMetadataError(f"DocumentEntry {entry.entry_uuid} is {kind}: it needs {other}")
+            for entry in submission.documents
+            if (entry.object_type == uids.ON_DEMAND_DOCUMENT) is not on_demand
+        ]
         if problems:
             raise errors.SubmissionRefused(problems)
         with self.database.writing() as connection:
-            return submit.apply(connection, submission, self.policy, self.now())
+            registered = submit.apply(connection, submission, self.policy, self.now())
+            beside(connection)
+            return registered
 
     def query(self, query: StoredQuery) -> Found:
         """Return what a stored query finds (ITI-18); see `search.search` for the errors."""
