@@ -150,6 +150,7 @@ class RepositorySettings(Section):
 
     unique_id: Oid = ""
     persist_on_demand: bool = False
+    store: str = ""
 
 
 class RegistrySettings(Section):

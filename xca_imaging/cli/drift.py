@@ -25,6 +25,7 @@ from xca_imaging.imaging import manifest as manifests
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.inventory import approved_manifests
 from xca_imaging.registry.provide import Repository
+from xca_imaging.registry.remote import RemoteStore
 from xca_imaging.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,10 @@ def _registered(settings: Settings, memory: Publications) -> Iterator[Registered
     opened = Registry.open(settings.database_url, home_community_id=settings.node.home_community_id)
     with closing(opened) as registry:
         repository = Repository(
-            registry, settings.data_dir / "documents", repository_unique_id=settings.repository.unique_id
+            registry,
+            settings.data_dir / "documents",
+            repository_unique_id=settings.repository.unique_id,
+            remote=RemoteStore.open(settings.repository.store),
         )
         for entry in approved_manifests(registry):
             if entry.repository_unique_id != repository.repository_unique_id:

@@ -8,6 +8,7 @@ References
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -24,6 +25,7 @@ from xca_imaging.errors import (
     RegistryError,
     RepositoryError,
     UnknownRepositoryId,
+    XcaImagingError,
 )
 from xca_imaging.gateway.delivery import Part
 from xca_imaging.gateway.exchange import Answer, Context, Operation
@@ -31,7 +33,7 @@ from xca_imaging.gateway.on_demand import OnDemandDocuments
 from xca_imaging.metadata.model import Submission
 from xca_imaging.metadata.stored_query import StoredQuery
 from xca_imaging.registry.document_registry import Registry
-from xca_imaging.registry.documents import Content
+from xca_imaging.registry.documents import Content, Orphans
 from xca_imaging.registry.events import Requester
 from xca_imaging.registry.provide import Repository
 from xca_imaging.registry.search import Found
@@ -44,6 +46,9 @@ from xca_imaging.wire.mtom import Reference
 
 T = TypeVar("T")
 
+log = logging.getLogger(__name__)
+
+_CHECK_PAUSE = 0.05  # s after each of 256 parts of the document store: nobody waits for its check
 _BATCH = 256 * 1024  # bytes of a query's answer that are read before they are written: some 50 DocumentEntries
 
 
@@ -52,6 +57,8 @@ class DocumentActors:
 
     Database and files are used in `executor`, never on the event loop. `on_demand` makes documents that are not stored.
     """
+
+    # Mutable state: `orphans`, what the last check of the store found so far.
 
     def __init__(
         self,
@@ -62,6 +69,24 @@ class DocumentActors:
     ) -> None:
         self._registry, self._repository, self._executor = registry, repository, executor
         self._on_demand = on_demand
+        self.orphans = Orphans(0, 0)
+
+    async def check_store(self) -> None:
+        """Compare stored contents and registered documents once, without haste; `orphans` says what was found."""
+        if self._repository is None:
+            return
+        parts = self._repository.check()
+        try:
+            while (found := await self._run(partial(next, parts, None))) is not None:
+                self.orphans = found
+                await asyncio.sleep(_CHECK_PAUSE)
+        except XcaImagingError as exc:
+            log.warning("the document store could not be checked: %s", exc)
+            return
+        if self.orphans.missing:
+            log.error("%d documents are registered, but their content is not stored", self.orphans.missing)
+        if self.orphans.unnamed:
+            log.warning("%d stored contents belong to no document", self.orphans.unnamed)
 
     def registry_operations(self) -> Sequence[Operation]:
         return (

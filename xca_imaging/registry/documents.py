@@ -8,6 +8,9 @@ leaves behind is a whole file without a name: nobody can retrieve it, and the sa
 Layout: `<directory>/ab/cd/<sha-256 in hex>`, `<directory>/incoming/<random>`. Two levels of 256 keep ten million
 documents at 150 files a folder.
 
+With a remote store the same holds of its objects: they are written before the transaction and looked for inside it,
+because a removal may have come in between. The directory then keeps what was written or read last, up to a limit.
+
 References
 ----------
 * IHE ITI TF-2, 3.41.4.1.3 (stores durably before it registers), 3.43.4.2.3 (retrieve)
@@ -18,8 +21,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import threading
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +32,8 @@ from pathlib import Path
 from sqlalchemy import Connection, delete, insert, select
 
 from xca_imaging import errors
+from xca_imaging.registry.database import Database
+from xca_imaging.registry.remote import RemoteStore
 from xca_imaging.registry.tables import StoredDocumentRow
 
 _CHUNK = 1024 * 1024  # bytes copied at a time: memory stays flat whatever the size of a document
@@ -67,6 +74,14 @@ class StoredDocument:
 
 
 @dataclass(frozen=True, slots=True)
+class Orphans:
+    """What a check of the store found: contents without a name, and names without content."""
+
+    unnamed: int
+    missing: int
+
+
+@dataclass(frozen=True, slots=True)
 class Staged:
     """A document whole and durable on disk, but without a name yet."""
 
@@ -86,14 +101,31 @@ class DocumentStore:
         bigger document only the size is compared, so that its first byte does not wait for its last.
     incoming_age : float
         Seconds after which a file in `incoming/` is left over from a crash: longer than any transfer lasts.
+    remote : RemoteStore, optional
+        Where the documents are; `directory` is then a cache.
+    cache_bytes : int
+        Most bytes of that cache.
     """
 
-    # Mutable state: the files under `directory`.
+    # Mutable state: the files under `directory`; `_cached` (SHA-256 to size, oldest first) with its lock.
 
-    def __init__(self, directory: Path, *, verify_up_to: int = 4 * 1024 * 1024, incoming_age: float = 86400.0) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        verify_up_to: int = 4 * 1024 * 1024,
+        incoming_age: float = 86400.0,
+        remote: RemoteStore | None = None,
+        cache_bytes: int = 10**9,
+    ) -> None:
         self._directory = directory
         self._incoming = directory / "incoming"
         self._verify_up_to = verify_up_to
+        self._incoming_age = incoming_age
+        self.remote = remote
+        self._cache_bytes = cache_bytes
+        self._cached: OrderedDict[str, int] = OrderedDict()
+        self._cache_lock = threading.Lock()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)  # patient data
         self._incoming.mkdir(mode=0o700, exist_ok=True)
         oldest = time.time() - incoming_age
@@ -101,6 +133,9 @@ class DocumentStore:
             with contextlib.suppress(FileNotFoundError):  # another process starts on the same directory
                 if path.stat().st_mtime < oldest:
                     path.unlink()
+        if remote is not None:
+            files = sorted(directory.glob("[0-9a-f][0-9a-f]/*/*"), key=lambda path: path.stat().st_mtime)
+            self._cached.update((path.name, path.stat().st_size) for path in files)
 
     def stage(self, content: Content) -> Staged:
         """Write a document whole and durable, without a name.
@@ -124,7 +159,14 @@ class DocumentStore:
         except OSError as problem:
             path.unlink(missing_ok=True)
             raise errors.RepositoryOutOfResources(f"a document cannot be stored: {problem.strerror}") from problem
-        return Staged(path, size, sha1.hexdigest(), sha256.hexdigest())
+        staged = Staged(path, size, sha1.hexdigest(), sha256.hexdigest())
+        if self.remote is not None:
+            try:
+                self.remote.put(path, staged.sha256)
+            except errors.RegistryError:
+                self.discard(staged)
+                raise
+        return staged
 
     def discard(self, staged: Staged) -> None:
         """Remove a staged document, unless it has been placed."""
@@ -135,18 +177,37 @@ class DocumentStore:
 
         Called while the writing transaction is open, so that `remove_unnamed` cannot come in between.
         """
-        target = self._path(staged.sha256)
+        if self.remote is not None and self.remote.size(staged.sha256) != staged.size:
+            self.remote.put(staged.path, staged.sha256)
         try:
-            for folder in (target.parent.parent, target.parent):
-                if not folder.is_dir():
-                    folder.mkdir(mode=0o700, exist_ok=True)
-                    _sync(folder.parent)
-            # Also over a file that is there: it has the same content, or is a damaged copy of it. Who has it open
-            # reads on.
-            staged.path.replace(target)
-            _sync(target.parent)
+            self._keep(staged.path, staged.sha256)
         except OSError as problem:
             raise errors.RepositoryOutOfResources(f"a document cannot be stored: {problem.strerror}") from problem
+        self._trim(staged.sha256, staged.size)
+
+    def _keep(self, path: Path, sha256: str) -> None:
+        target = self._path(sha256)
+        for folder in (target.parent.parent, target.parent):
+            if not folder.is_dir():
+                folder.mkdir(mode=0o700, exist_ok=True)
+                _sync(folder.parent)
+        # Also over a file that is there: it has the same content, or is a damaged copy of it. Who has it open
+        # reads on.
+        path.replace(target)
+        _sync(target.parent)
+
+    def _trim(self, sha256: str, size: int) -> None:
+        """Note a file of the cache, and remove the oldest ones that are too many."""
+        if self.remote is None:
+            return
+        with self._cache_lock:
+            self._cached[sha256] = size
+            self._cached.move_to_end(sha256)
+            total = sum(self._cached.values())
+            while total > self._cache_bytes and len(self._cached) > 1:
+                oldest, freed = self._cached.popitem(last=False)
+                total -= freed
+                self._path(oldest).unlink(missing_ok=True)
 
     def remove_unnamed(self, connection: Connection, staged: Staged) -> None:
         """Remove a placed document that no row names, because its transaction failed after all."""
@@ -156,6 +217,8 @@ class DocumentStore:
         """Remove the file of a content that no row names; the caller has the writing transaction."""
         named = select(StoredDocumentRow.sha256).where(StoredDocumentRow.sha256 == sha256).limit(1)
         if connection.scalar(named) is None:
+            if self.remote is not None:
+                self.remote.remove(sha256)
             self._path(sha256).unlink(missing_ok=True)
 
     def record(
@@ -224,9 +287,57 @@ class DocumentStore:
         if row is None:
             return None
         path = self._path(row.sha256)
-        if _size(path) != row.size or (row.size <= self._verify_up_to and _sha256(path) != row.sha256):
-            raise errors.RepositoryError("the stored document is missing or damaged", document_unique_id)
+        if not self._is_whole(path, row.size, row.sha256):
+            if self.remote is None or not self._fetch(row.sha256, row.size):
+                raise errors.RepositoryError("the stored document is missing or damaged", document_unique_id)
+        else:
+            self._trim(row.sha256, row.size)
         return StoredDocument(path, row.size, row.mime_type, row.sha1)
+
+    def _is_whole(self, path: Path, size: int, sha256: str) -> bool:
+        return _size(path) == size and (size > self._verify_up_to or _sha256(path) == sha256)
+
+    def _fetch(self, sha256: str, size: int) -> bool:
+        """Copy a content from the remote store into the cache; False when it is not there, or not whole."""
+        assert self.remote is not None
+        path = self._incoming / uuid.uuid4().hex
+        try:
+            if not self.remote.get(sha256, path) or _size(path) != size or _sha256(path) != sha256:
+                return False
+            self._keep(path, sha256)
+        finally:
+            path.unlink(missing_ok=True)
+        self._trim(sha256, size)
+        return True
+
+    def check(self, database: Database) -> Iterator[Orphans]:
+        """Compare contents and names: contents that no document names, and documents without their content.
+
+        Yields what was found so far after each part in 256: memory stays small at any number of documents, and the
+        caller may rest or stop in between. The last value is that of the whole store.
+        """
+        unnamed = missing = 0
+        for number in range(256):
+            prefix = f"{number:02x}"
+            named = self._named(database, prefix)
+            found = dict(self.remote.names(prefix) if self.remote is not None else self._names(prefix))
+            # Young ones may belong to a submission that is being registered.
+            unnamed += sum(age > self._incoming_age for sha256, age in found.items() if sha256 not in named)
+            if named - found.keys():
+                # What was removed since its name was read is no loss.
+                missing += len((named & self._named(database, prefix)) - found.keys())
+            yield Orphans(unnamed, missing)
+
+    def _named(self, database: Database, prefix: str) -> set[str]:
+        row = StoredDocumentRow.sha256
+        with database.reading() as connection:
+            return set(connection.scalars(select(row).where(row >= prefix, row < prefix + "g").distinct()))
+
+    def _names(self, prefix: str) -> Iterator[tuple[str, float]]:
+        now = time.time()
+        for path in (self._directory / prefix).glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):
+                yield path.name, now - path.stat().st_mtime
 
     def _path(self, sha256: str) -> Path:
         return self._directory / sha256[:2] / sha256[2:4] / sha256

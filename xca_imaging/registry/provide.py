@@ -21,8 +21,9 @@ from xca_imaging.metadata.model import DocumentEntry, Submission
 from xca_imaging.metadata.validate import validate_submission
 from xca_imaging.registry import events, submit
 from xca_imaging.registry.document_registry import Registry
-from xca_imaging.registry.documents import Content, DocumentStore, Staged, StoredDocument
+from xca_imaging.registry.documents import Content, DocumentStore, Orphans, Staged, StoredDocument
 from xca_imaging.registry.events import Requester
+from xca_imaging.registry.remote import RemoteStore
 from xca_imaging.registry.submit import Registered
 from xca_imaging.registry.tables import DocumentEntryRow, ObjectRow
 
@@ -34,9 +35,11 @@ class Repository:
 
     # Mutable state: none of its own; the store has its files, the registry its database.
 
-    def __init__(self, registry: Registry, directory: Path, *, repository_unique_id: str) -> None:
+    def __init__(
+        self, registry: Registry, directory: Path, *, repository_unique_id: str, remote: RemoteStore | None = None
+    ) -> None:
         self._registry = registry
-        self._store = DocumentStore(directory)
+        self._store = DocumentStore(directory, remote=remote)
         self.repository_unique_id = repository_unique_id
 
     def provide(self, submission: Submission, contents: Mapping[str, Content]) -> Registered:
@@ -61,6 +64,10 @@ class Repository:
             for entry in submission.documents:
                 staged[entry.entry_uuid] = self._stage(entry, contents[entry.entry_uuid])
             return self._register(submission, staged)
+        except BaseException:
+            if self._store.remote is not None:  # staged ones are there already
+                self._undo(list(staged.values()))
+            raise
         finally:
             for document in staged.values():
                 self._store.discard(document)
@@ -75,6 +82,10 @@ class Repository:
         """
         with self._registry.database.reading() as connection:
             return self._store.find(connection, self.repository_unique_id, document_unique_id)
+
+    def check(self) -> Iterator[Orphans]:
+        """Compare stored contents and their names, part by part; see `DocumentStore.check`."""
+        return self._store.check(self._registry.database)
 
     def remove(self, document_unique_id: str, requester: Requester) -> None:
         """Remove a document for good (ITI-86); its metadata are the registry's to remove (ITI-62).
