@@ -65,7 +65,7 @@ class Archive:
         self.queries: list[str] = []
         """Level of each query, and the study that it is about."""
 
-    def find_studies(self, **asked: Any) -> list[StudyFacts]:
+    async def find_studies(self, **asked: Any) -> list[StudyFacts]:
         self.asked = asked
         self.queries.append("STUDY")
         if "" in self.errors:
@@ -79,11 +79,11 @@ class Archive:
             and (until is None or each.facts.date <= f"{until:%Y%m%d}")
         ]
 
-    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
+    async def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
         self.queries.append(f"SERIES {study_instance_uid}")
         return [series.facts for series in self.studies[study_instance_uid].series]
 
-    def read_study(self, study_instance_uid: str) -> StudyContents:
+    async def read_study(self, study_instance_uid: str) -> StudyContents:
         self.queries.append(f"IMAGE {study_instance_uid}")
         if study_instance_uid in self.errors:
             raise self.errors[study_instance_uid]

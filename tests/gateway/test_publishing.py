@@ -27,7 +27,8 @@ from xca_imaging.errors import (
 )
 from xca_imaging.gateway.publishing import Published, Publisher, Selection, publish
 from xca_imaging.imaging import manifest
-from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.backends.cfind import Queries
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.profile import Profile, read_profile
 from xca_imaging.imaging.study import Patient, StudyContents
 from xca_imaging.metadata.model import Identifier, Submission
@@ -300,7 +301,7 @@ async def test_selection_is_passed_on(publisher: Publishing) -> None:
 
 async def test_a_pacs_that_cannot_be_asked_is_an_error(publisher: Publishing) -> None:
     archive = Archive()
-    archive.find_studies = lambda **_: (_ for _ in ()).throw(PeerBusy("main", "busy"))  # type: ignore[method-assign]
+    archive.errors[""] = PeerBusy("main", "busy")
     with pytest.raises(PeerBusy):
         await publisher.all(archive)
 
@@ -365,7 +366,9 @@ async def test_conformance_ids_2018_4801a(
     with peers.Orthanc(tmp_path / "pacs") as orthanc:
         orthanc.upload(files)
         pacs = PACS.model_copy(update={"ae_title": "ORTHANC", "port": orthanc.port})
-        result = await publisher.one(Finder(pacs, "TEST"), pacs, patient_id=patient_id, profile=domain)
+        result = await publisher.one(
+            Queries(Associations(pacs, calling_ae_title="TEST")), pacs, patient_id=patient_id, profile=domain
+        )
     assert result.outcome == "registered", result.reason
     (entry,) = registry.approved
     ds = pydicom.dcmread(io.BytesIO(registry.documents[entry.unique_id]))

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
@@ -20,7 +21,7 @@ from xca_imaging.gateway import watching
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Published, Publisher, new_uid, new_uuid
 from xca_imaging.gateway.watching import Follower, Watch, windows
-from xca_imaging.imaging.study import StudyContents
+from xca_imaging.imaging.study import StudyContents, StudyFacts
 from xca_imaging.operations.metrics import Metrics
 
 TODAY = date(2026, 1, 5)  # the made-up studies are of 2026-01-02
@@ -193,7 +194,11 @@ async def test_a_list_that_is_cut_off_withdraws_nothing(desk: Desk) -> None:
     desk.hold(numbered(studies.study()))
     await desk.sweep(2)
     listed = desk.archive.find_studies
-    desk.archive.find_studies = lambda **asked: listed(**asked) if asked["study_instance_uid"] else []  # type: ignore[method-assign]
+
+    async def find_studies(**asked: Any) -> list[StudyFacts]:
+        return await listed(**asked) if asked["study_instance_uid"] else []
+
+    desk.archive.find_studies = find_studies  # type: ignore[method-assign]
     await desk.sweep(4)
     assert desk.outcomes == ["registered"]
     assert len(desk.registry.approved) == 1

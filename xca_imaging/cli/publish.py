@@ -29,9 +29,11 @@ from xca_imaging.gateway.publishing import (
 from xca_imaging.gateway.publishing_peers import Repository
 from xca_imaging.gateway.repositories import RepositoryElsewhere, RetrievedObjects, SoapRepository
 from xca_imaging.gateway.watching import Follower, Watch
+from xca_imaging.imaging.backends.cfind import Queries
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.operations.metrics import Metrics
 from xca_imaging.security import tls
-from xca_imaging.settings import Settings
+from xca_imaging.settings import Pacs, Settings
 
 log = logging.getLogger(__name__)
 
@@ -151,6 +153,12 @@ async def publishers(
         return Endpoint(settings.node.name, f"{base}/services/{service}", timeout)
 
     dicom_tls = tls.client_context(settings, settings.dicom.tls, "dicom.tls")
+    pools: list[Associations] = []
+
+    def finder(pacs: Pacs) -> Queries:
+        pools.append(Associations(pacs, calling_ae_title=settings.dicom.ae_title, tls=dicom_tls))
+        return Queries(pools[-1])
+
     https = tls.client_context(settings, settings.http.tls, "http.tls")
     with closing(Publications(settings.data_dir)) as memory:
         async with SoapClient(tls=https) as client:
@@ -164,10 +172,14 @@ async def publishers(
                 repository=repository,
                 objects=objects,
                 memory=memory,
-                tls=dicom_tls,
+                make_finder=finder,
                 patient_id=identifier_of(patient_id) if patient_id else None,
             )
-            yield found, memory
+            try:
+                yield found, memory
+            finally:
+                for pool in pools:
+                    await pool.close()
 
 
 def _print(published: Published) -> None:

@@ -29,7 +29,7 @@ from xca_imaging.gateway.hl7 import IdentityFeed
 from xca_imaging.gateway.imaging_source import ImagingDocumentSource
 from xca_imaging.gateway.on_demand import OnDemandDocuments
 from xca_imaging.gateway.publishing import publishers_of
-from xca_imaging.gateway.repositories import NodeRepository, TransferredObjects
+from xca_imaging.gateway.repositories import NodeRepository, TransferredObjects, TransfersFinder
 from xca_imaging.gateway.responding import RespondingGateway
 from xca_imaging.gateway.watching import watching
 from xca_imaging.imaging.profile import load_profile
@@ -145,7 +145,7 @@ class Node:
                 repository=own,
                 objects=TransferredObjects(transfers),
                 memory=None,
-                tls=dicom_client,
+                make_finder=partial(TransfersFinder, transfers),
                 executor=asking,
             )
             on_demand = OnDemandDocuments(
@@ -174,9 +174,7 @@ class Node:
             await _bind(settings, "hl7", host, port, feed.start(host, port, encrypted))
             resources.push_async_callback(feed.close)
         await resources.enter_async_context(
-            watching(
-                settings, own=own, transfers=transfers, metrics=metrics, dicom_tls=dicom_client, https=https_client
-            )
+            watching(settings, own=own, transfers=transfers, metrics=metrics, https=https_client)
         )
         listeners.write(settings, self.http_address, self.dicom_address)
         resources.callback(listeners.remove, settings)

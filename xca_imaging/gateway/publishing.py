@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import ssl
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -42,7 +41,6 @@ from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing_peers import NotPublished, ObjectSource, Repository, StudyFinder, failure
 from xca_imaging.gateway.reports import Reports, compare_reports, instances_of, registered_reports
 from xca_imaging.imaging import manifest as manifests
-from xca_imaging.imaging.backends.cfind import Finder
 from xca_imaging.imaging.document_entry import (
     describe,
     describe_deprecation,
@@ -174,7 +172,7 @@ class Publisher:
     with_reports : bool
         Register encapsulated PDF and CDA as documents of their own, too.
     executor : Executor, optional
-        For C-FIND, and for building and reading manifests.
+        For building and reading manifests.
     """
 
     pacs: Pacs
@@ -193,13 +191,11 @@ class Publisher:
 
     async def find_studies(self, selection: Selection) -> list[StudyFacts]:
         """Ask the PACS which studies fit; raises PeerError and ManifestError."""
-        return await self.run(
-            lambda: self.finder.find_studies(
-                study_instance_uid=selection.study_instance_uid,
-                patient_id=selection.patient_id,
-                since=selection.since,
-                until=selection.until,
-            )
+        return await self.finder.find_studies(
+            study_instance_uid=selection.study_instance_uid,
+            patient_id=selection.patient_id,
+            since=selection.since,
+            until=selection.until,
         )
 
     async def attempt(self, study_instance_uid: str) -> Published:
@@ -232,7 +228,7 @@ class Publisher:
             if self.memory is not None:
                 await stack.enter_async_context(self.memory.publishing(self.pacs.name, study_instance_uid))
             try:
-                contents = await self.run(self.finder.read_study, study_instance_uid)
+                contents = await self.finder.read_study(study_instance_uid)
             except StudyNotFound:
                 return await self._withdraw(study_instance_uid, f"{self.pacs.name} has no such study", self.patient_id)
             rejected = await self._rejected(contents)
@@ -251,7 +247,7 @@ class Publisher:
         ------
         NotPublished, ManifestError, PeerError, RegistryError
         """
-        contents = await self.run(self.finder.read_study, study_instance_uid)
+        contents = await self.finder.read_study(study_instance_uid)
         rejected = await self._rejected(contents)
         if not contents.without(rejected).number_of_instances:
             return None
@@ -505,7 +501,7 @@ def publishers_of(
     repository: Repository,
     objects: ObjectSource,
     memory: Publications | None,
-    tls: ssl.SSLContext | None,
+    make_finder: Callable[[Pacs], StudyFinder],
     patient_id: Identifier | None = None,
     executor: Executor | None = None,
 ) -> list[Publisher]:
@@ -514,7 +510,7 @@ def publishers_of(
     return [
         Publisher(
             pacs=pacs,
-            finder=Finder(pacs, settings.dicom.ae_title, tls),
+            finder=make_finder(pacs),
             repository=repository,
             profile=profile,
             source_id=settings.node.home_community_id.removeprefix(uids.OID_PREFIX),

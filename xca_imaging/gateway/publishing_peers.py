@@ -20,9 +20,9 @@ class NotPublished(XcaImagingError):
 
 
 class StudyFinder(Protocol):
-    """What is asked of a PACS; all methods block. `imaging.backends.cfind.Finder` is one."""
+    """What is asked of a PACS. `imaging.backends.cfind.Queries` is one."""
 
-    def find_studies(
+    async def find_studies(
         self,
         *,
         study_instance_uid: str = "",
@@ -31,9 +31,9 @@ class StudyFinder(Protocol):
         until: date | None = None,
     ) -> list[StudyFacts]: ...
 
-    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]: ...
+    async def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]: ...
 
-    def read_study(self, study_instance_uid: str) -> StudyContents: ...
+    async def read_study(self, study_instance_uid: str) -> StudyContents: ...
 
 
 class Repository(Protocol):

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from xca_imaging.gateway.publications import Publications, Sent
 from xca_imaging.gateway.publishing_peers import NotPublished
 from xca_imaging.gateway.publishing_peers import Repository as PublishingRepository
 from xca_imaging.imaging.ledger import Want
+from xca_imaging.imaging.study import SeriesFacts, StudyContents, StudyFacts
 from xca_imaging.imaging.transfer import Transfers
 from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import DocumentEntry, Submission
@@ -36,6 +38,7 @@ from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.documents import Content
 from xca_imaging.registry.provide import Repository
 from xca_imaging.registry.submit import Registered
+from xca_imaging.settings import Pacs
 from xca_imaging.transactions.adhoc_query import QueryResponse
 from xca_imaging.transactions.document_set import DocumentRequest, RetrieveResponse
 from xca_imaging.transactions.imaging_document_set import RetrieveImagingRequest, SeriesRequest, StudyRequest
@@ -205,6 +208,34 @@ class TransferredObjects:
                 return path.read_bytes()
 
             return {uid: await asyncio.to_thread(read, instance.path) for uid, instance in held.items()}
+
+
+class TransfersFinder:
+    """A PACS as the transfers of this node ask it: within its associations, one slot for each call."""
+
+    def __init__(self, transfers: Transfers, pacs: Pacs) -> None:
+        self._transfers, self._pacs = transfers, pacs.name
+
+    async def find_studies(
+        self,
+        *,
+        study_instance_uid: str = "",
+        patient_id: str = "",
+        since: date | None = None,
+        until: date | None = None,
+    ) -> list[StudyFacts]:
+        async with self._transfers.queries(self._pacs) as queries:
+            return await queries.find_studies(
+                study_instance_uid=study_instance_uid, patient_id=patient_id, since=since, until=until
+            )
+
+    async def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
+        async with self._transfers.queries(self._pacs) as queries:
+            return await queries.find_series(study_instance_uid, patient_id=patient_id)
+
+    async def read_study(self, study_instance_uid: str) -> StudyContents:
+        async with self._transfers.queries(self._pacs) as queries:
+            return await queries.read_study(study_instance_uid)
 
 
 class RetrievedObjects:

@@ -33,7 +33,7 @@ from xca_imaging.gateway.peers import Endpoint, SoapClient
 from xca_imaging.gateway.publications import Publications, StudyRecord
 from xca_imaging.gateway.publishing import Published, Publisher, Selection, publishers_of
 from xca_imaging.gateway.publishing_peers import Repository
-from xca_imaging.gateway.repositories import RepositoryElsewhere, TransferredObjects
+from xca_imaging.gateway.repositories import RepositoryElsewhere, TransferredObjects, TransfersFinder
 from xca_imaging.imaging.availability import Availability, Notification, read_notification
 from xca_imaging.imaging.study import NO_NUMBERS, StudyFacts, series_signature, study_signature
 from xca_imaging.imaging.transfer import Transfers
@@ -243,8 +243,8 @@ class Follower:
         )
         for record, study in (*silent, *others[:_SERIES_A_SWEEP]):
             await self.look_at_notified()
-            find_series = partial(self.publisher.finder.find_series, patient_id=study.patient.id)
-            series = await self._run(find_series, study.study_instance_uid)
+            uid, patient_id = study.study_instance_uid, study.patient.id
+            series = await self.publisher.finder.find_series(uid, patient_id=patient_id)
             if series_signature(series) != record.series:
                 # Published by the next sweep, when it has been quiet for one.
                 await self._remember(replace(record, published="", looked_at=self._wall_clock()))
@@ -385,7 +385,6 @@ async def watching(
     own: Repository,
     transfers: Transfers,
     metrics: Metrics,
-    dicom_tls: ssl.SSLContext | None,
     https: ssl.SSLContext | None,
 ) -> AsyncIterator[None]:
     """Follow the PACSs of a node while it serves: by notifications, and with `publish.watch` by sweeps.
@@ -404,15 +403,14 @@ async def watching(
         if url:
             client = await resources.enter_async_context(SoapClient(tls=https))
             repository = RepositoryElsewhere(client, Endpoint(url, url, settings.limits.stall_timeout), own, memory)
-        # One C-FIND for each PACS at a time, and room for what is built and read beside it.
-        executor = ThreadPoolExecutor(len(settings.pacs) + 2, thread_name_prefix="publishing")
+        executor = ThreadPoolExecutor(2, thread_name_prefix="publishing")
         resources.callback(executor.shutdown, wait=False, cancel_futures=True)
         publishers = publishers_of(
             settings,
             repository=repository,
             objects=TransferredObjects(transfers),
             memory=memory,
-            tls=dicom_tls,
+            make_finder=partial(TransfersFinder, transfers),
             executor=executor,
         )
         watch = Watch(

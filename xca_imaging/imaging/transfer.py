@@ -146,6 +146,7 @@ class Transfers:
         self._executor = ThreadPoolExecutor(_READERS, "transfer")
         self._backends: dict[str, Mapping[d.Method, Backend]] = {}
         self._associations: dict[str, Associations] = {}
+        self._finders: dict[str, Queries] = {}
         self._facts = Facts(self._routes, self._slot)
         self._identities = Identities(pacs)
         self.stock = Stock(spool)
@@ -185,7 +186,8 @@ class Transfers:
                 stall_timeout=self._stall_timeout,
                 https=self._https,
             )
-            self._facts.finders[name] = Queries(associations, response_timeout=min(60.0, self._stall_timeout))
+            queries = Queries(associations, response_timeout=min(60.0, self._stall_timeout))
+            self._facts.finders[name] = self._finders[name] = queries
         self.backpressure = Backpressure(
             self._spool,
             slow_backlog=self._slow_backlog,
@@ -425,6 +427,12 @@ class Transfers:
         return () if self.receiving is None else (self.receiving,)
 
     # --- C-FIND ---------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def queries(self, pacs: str) -> AsyncIterator[Queries]:
+        """Wait for a slot of a PACS, and give what asks it by C-FIND; it has the slot until the context is left."""
+        async with self._slot(pacs):
+            yield self._finders[pacs]
 
     @asynccontextmanager
     async def _slot(self, pacs: str) -> AsyncIterator[None]:
