@@ -8,7 +8,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import pytest
@@ -24,9 +24,10 @@ from xca_imaging.errors import (
     RepositoryBusy,
     RepositoryError,
     RepositoryOutOfResources,
+    Retry,
 )
 from xca_imaging.imaging import decisions as d
-from xca_imaging.imaging.budget import Budget
+from xca_imaging.imaging.budget import Budget, LevelChoice
 from xca_imaging.imaging.ledger import Ledger, Want
 from xca_imaging.imaging.plan import SeriesFetch
 from xca_imaging.imaging.scheduler import Scheduler
@@ -37,19 +38,39 @@ ROOM = 10**12
 T = TypeVar("T")
 
 
-def series(number: int, count: int, *, pacs: str = "main", whole: bool = True, proved: bool = False) -> SeriesFetch:
+def series(
+    number: int,
+    count: int,
+    *,
+    pacs: str = "main",
+    whole: bool = True,
+    proved: bool = False,
+    in_study: int | None = None,
+) -> SeriesFetch:
     wants = tuple(
         Want("1.2", f"1.3.{number}", f"1.4.{number}.{n}", f"1.9.{pacs == 'main':d}") for n in range(1, count + 1)
     )
     classes = {want.sop_instance_uid: CT for want in wants} if proved else {}
-    return SeriesFetch(pacs, "1.2", f"1.3.{number}", wants, count if whole else count + 1, classes)
+    return SeriesFetch(
+        pacs, "1.2", f"1.3.{number}", wants, count if whole else count + 1, classes, study_count=in_study
+    )
 
 
 class Bench:
     """A scheduler and a clock; each call is one step."""
 
-    def __init__(self, limit: int = 4, *, uid_list_limit: int = 128, **options: Any) -> None:
-        budget = Budget(limit, uid_list_limit=uid_list_limit)
+    def __init__(
+        self,
+        limit: int = 4,
+        *,
+        methods: tuple[d.Method, ...] = ("c-move",),
+        uid_list_limit: int = 128,
+        level: LevelChoice = "auto",
+        bytes_per_second: int = 0,
+        hours: tuple[str, ...] = (),
+        **options: Any,
+    ) -> None:
+        budget = Budget(limit, methods, uid_list_limit, level, bytes_per_second, hours)
         self.scheduler = Scheduler(
             {"main": budget, "other": budget}, stall_timeout=60.0, randomness=random.Random(1), **options
         )
@@ -61,21 +82,51 @@ class Bench:
         return self.scheduler.step(event, self.now)
 
     def ask(
-        self, request: int, *fetches: SeriesFetch, accept: tuple[str, ...] = (EXPLICIT,), room: int = ROOM
+        self,
+        request: int,
+        *fetches: SeriesFetch,
+        accept: tuple[str, ...] = (EXPLICIT,),
+        room: int = ROOM,
+        asker: str = "local",
+        priority: d.Priority = d.Priority.ROUTINE,
+        weight: float = 1.0,
     ) -> list[d.Decision]:
-        return self.step(d.Asked(request, fetches, accept, room))
+        return self.step(d.Asked(request, fetches, accept, room, asker, priority, weight))
 
     def arrive(
-        self, uid: str, *, syntax: str = EXPLICIT, pacs: str | None = "main", sop_class: str = CT
+        self, uid: str, *, syntax: str = EXPLICIT, pacs: str | None = "main", sop_class: str = CT, size: int = 1000
     ) -> list[d.Decision]:
         store = next(self.stores)
         out = self.step(d.StoreOffered(store, pacs, sop_class, uid, syntax))
         if any(isinstance(each, d.AcceptStore) for each in out):
-            out += self.step(d.InstanceArrived(store, 1000))
+            out += self.step(d.InstanceArrived(store, size))
         return out
+
+    def deliver(self, move: d.StartMove) -> list[d.Decision]:
+        """Let a move bring everything and end."""
+        out = [each for uid in move.instances for each in self.arrive(uid)]
+        return out + self.step(d.MoveFinished(move.move, 0, len(move.instances)))
 
     def sleep(self, seconds: float) -> list[d.Decision]:
         return self.step(d.Woke(), seconds)
+
+
+def count_lines(work: Callable[[], object]) -> int:
+    """Return how many lines of Python some work runs through."""
+    count = 0
+
+    def trace(frame: object, event: str, argument: object) -> object:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return count
 
 
 def of(kind: type[T], decisions: Sequence[d.Decision]) -> list[T]:
@@ -442,6 +493,402 @@ def test_sender_with_the_identity_of_another_pacs_still_counts() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# How large a move is
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def sizes(decisions: Sequence[d.Decision]) -> list[tuple[str, int]]:
+    return [(move.level, len(move.instances)) for move in of(d.StartMove, decisions)]
+
+
+def test_one_large_series_is_split_over_free_associations() -> None:
+    b = Bench(limit=4)
+    moves = of(d.StartMove, b.ask(1, series(1, 400)))
+    assert sizes(moves) == [("IMAGE", 100)] * 4
+    assert {move.series_instance_uid for move in moves} == {"1.3.1"}
+    assert len({uid for move in moves for uid in move.instances}) == 400
+
+
+def test_what_a_list_brings_is_looked_at_unless_its_series_is_proved() -> None:
+    b = Bench(limit=4)
+    b.ask(1, series(1, 400), series(2, 400, proved=True))
+    for uid, verify in (("1.4.1.1", True), ("1.4.2.1", False)):
+        (accepted,) = of(d.AcceptStore, b.step(d.StoreOffered(next(b.stores), "main", CT, uid, EXPLICIT)))
+        assert accepted.verify is verify
+
+
+def test_enough_series_go_whole() -> None:
+    b = Bench(limit=4)
+    assert sizes(b.ask(1, *(series(n, 100) for n in range(1, 9)))) == [("SERIES", 100)] * 4
+
+
+def test_the_last_series_is_shared_by_who_gets_free() -> None:
+    b = Bench(limit=2)
+    first, second = of(d.StartMove, b.ask(1, *(series(n, 100) for n in (1, 2, 3))))
+    (third,) = of(d.StartMove, b.deliver(first))
+    assert (third.level, len(third.instances)) == ("SERIES", 100)  # a hundred are on their way in the other
+    b = Bench(limit=2)
+    first, second = of(d.StartMove, b.ask(1, *(series(n, 100) for n in (1, 2, 3))))
+    for uid in second.instances[:80]:
+        b.arrive(uid)
+    assert sizes(b.deliver(first)) == [("IMAGE", 60)]  # half of a hundred and twenty
+    assert sizes(b.deliver(second)) == [("IMAGE", 40)]
+
+
+def test_whole_studies_go_at_study_level_where_splitting_does_not_help() -> None:
+    fetches = [series(n, 20, in_study=60) for n in (1, 2, 3)]
+    (move,) = of(d.StartMove, Bench(limit=1).ask(1, *fetches))
+    assert (move.level, move.series_instance_uid, len(move.instances)) == ("STUDY", "", 60)
+    assert sizes(Bench(limit=3).ask(1, *fetches)) == [("SERIES", 20)] * 3
+    assert sizes(Bench(limit=1).ask(1, *fetches[:2])) == [("SERIES", 20)]  # not the whole study
+
+
+def test_a_study_of_which_a_part_is_under_way_goes_by_series() -> None:
+    b = Bench(limit=1)
+    fetches = [series(n, 20, in_study=60) for n in (1, 2, 3)]
+    (move,) = of(d.StartMove, b.ask(1, fetches[0]))
+    b.ask(2, *fetches)
+    assert sizes(b.deliver(move)) == [("SERIES", 20)]
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [("study", [("STUDY", 300)]), ("series", [("SERIES", 150)] * 2), ("image", [("IMAGE", 75)] * 4)],
+)
+def test_levels_by_setting(level: LevelChoice, expected: list[tuple[str, int]]) -> None:
+    assert sizes(Bench(limit=4, level=level).ask(1, *(series(n, 150, in_study=300) for n in (1, 2)))) == expected
+
+
+def test_a_list_that_brings_one_instance_was_not_understood() -> None:
+    b = Bench(limit=2)
+    first, second = of(d.StartMove, b.ask(1, series(1, 200, proved=True)))
+    b.arrive(first.instances[0])
+    b.step(d.MoveFinished(first.move, 0, 1))
+    b.deliver(second)
+    b.sleep(1.0)
+    (single,) = {len(move.instances) for move in of(d.StartMove, b.sleep(1.0))}
+    assert single == 1
+    assert ("SERIES", 200) in sizes(b.ask(2, series(2, 200))) or b.scheduler.active_moves == 2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whose turn it is
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_an_emergency_is_next() -> None:
+    b = Bench(limit=1)
+    (running,) = of(d.StartMove, b.ask(1, *(series(n, 1) for n in range(1, 20)), priority=d.Priority.PREFETCH))
+    b.ask(2, series(20, 1))
+    b.ask(3, series(21, 1), priority=d.Priority.EMERGENCY)
+    order = []
+    for _ in range(3):
+        (running,) = of(d.StartMove, b.deliver(running))
+        order.append(running.series_instance_uid)
+    assert order == ["1.3.21", "1.3.20", "1.3.2"]
+
+
+def test_an_emergency_lifts_what_others_wait_for() -> None:
+    b = Bench(limit=1)
+    (running,) = of(d.StartMove, b.ask(1, *(series(n, 2) for n in range(1, 20)), priority=d.Priority.PREFETCH))
+    b.ask(2, series(19, 2), priority=d.Priority.EMERGENCY)
+    (move,) = of(d.StartMove, b.deliver(running))
+    assert (move.level, move.series_instance_uid) == ("SERIES", "1.3.19")
+    assert {each.request for each in of(d.CompleteInstance, b.arrive("1.4.19.1"))} == {1, 2}
+
+
+def test_communities_share_a_pacs_by_weight() -> None:
+    b = Bench(limit=4)
+    out: list[d.Decision] = []
+    for request in range(1, 100):
+        asker = "small" if request % 10 == 0 else "large"
+        out += b.ask(request, series(request, 10), asker=asker, weight=3.0 if asker == "small" else 1.0)
+    served: Counter[bool] = Counter()
+    running = of(d.StartMove, out)
+    while served[True] < 60:
+        move = running.pop(0)
+        served[int(move.series_instance_uid.rsplit(".", 1)[1]) % 10 == 0] += 10
+        running += of(d.StartMove, b.deliver(move))
+    assert served[False] <= 60 / 3 + 50  # five of the large were under way before the small one had asked
+
+
+def test_lists_take_turns() -> None:
+    b = Bench(limit=2, patience=10.0)
+    first = of(d.StartMove, b.ask(1, *(series(n, 10) for n in range(1, 40))))
+    assert of(d.StartMove, b.ask(2, series(50, 10), accept=(JPEG, EXPLICIT), asker="other")) == []
+    running, waited = list(first), 0
+    while True:
+        b.now += 1.0
+        started = of(d.StartMove, b.deliver(running.pop(0)))
+        running += started
+        waited += 1
+        if any(move.accept == (JPEG, EXPLICIT) for move in started):
+            break
+    assert 10 <= waited <= 13
+    (other,) = (move for move in running if move.accept == (JPEG, EXPLICIT))
+    assert running == [other]  # alone at this PACS
+    assert {move.accept for move in of(d.StartMove, b.deliver(other))} == {(EXPLICIT,)}
+
+
+def test_nothing_new_is_started_for_a_throttled_request_nor_is_its_silence_a_stall() -> None:
+    b = Bench(limit=1)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2), series(2, 2)))
+    b.ask(2, series(3, 1))
+    b.step(d.Throttled(1, True))
+    b.arrive("1.4.1.1")
+    for _ in range(10):
+        assert of(d.CancelMove, b.sleep(30.0)) == []
+    (other,) = of(d.StartMove, b.deliver(move))
+    assert other.series_instance_uid == "1.3.3"
+    assert of(d.StartMove, b.deliver(other)) == []
+    assert [m.series_instance_uid for m in of(d.StartMove, b.step(d.Throttled(1, False)))] == ["1.3.2"]
+    assert len(of(d.CancelMove, b.sleep(60.0))) == 1
+
+
+def test_who_is_not_throttled_fetches_what_a_throttled_request_waits_for_too() -> None:
+    b = Bench(limit=1)
+    (running,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    b.ask(2, series(2, 3))
+    b.step(d.Throttled(2, True))
+    assert of(d.StartMove, b.deliver(running)) == []
+    (move,) = of(d.StartMove, b.ask(3, series(2, 3)))
+    assert len(move.instances) == 3
+    b.step(d.Withdrawn(3))
+    assert b.scheduler.waiting == 3
+    b.step(d.Withdrawn(2))
+    assert b.scheduler.waiting == 0
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Other ways to make a PACS send
+# --------------------------------------------------------------------------------------------------------------------
+
+WAYS: tuple[d.Method, ...] = ("c-move", "c-get", "wado-rs")
+REFUSED = PeerRefused("main", "C-MOVE status 0xA801, move destination unknown: add the remote AE")
+
+
+def test_a_refused_method_gives_way_and_is_remembered() -> None:
+    b = Bench(methods=WAYS, method_memory=300.0)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2)))
+    assert move.method == "c-move"
+    (move,) = of(d.StartMove, b.step(d.MoveFinished(move.move, error=REFUSED)))
+    assert (move.method, move.level) == ("c-get", "SERIES")
+    done = of(d.CompleteInstance, b.deliver(move))
+    assert {(each.pacs, each.method, each.attempts) for each in done} == {("main", "c-get", 2)}
+    (move,) = of(d.StartMove, b.ask(2, series(2, 2)))
+    assert move.method == "c-get"
+    b.deliver(move)
+    b.sleep(300.0)
+    moves = of(d.StartMove, b.ask(3, series(3, 2), series(4, 2)))
+    assert [each.method for each in moves] == ["c-move", "c-get"]  # one tries whether it works again
+    b.deliver(moves[0])
+    assert [each.method for each in of(d.StartMove, b.ask(4, series(5, 2)))] == ["c-move"]
+
+
+def test_every_way_is_tried_and_each_reason_told() -> None:
+    b = Bench(methods=WAYS)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1, proved=True)))
+    methods = []
+    for _ in WAYS:
+        methods.append(move.method)
+        out = b.step(d.MoveFinished(move.move, error=PeerRefused("main", f"{move.method} is not for you")))
+        (move,) = of(d.StartMove, out) or [move]
+    (failed,) = of(d.FailInstance, out)
+    assert methods == list(WAYS)
+    assert all(f"{method} is not for you" in failed.error.context for method in WAYS)
+    assert failed.attempts == 3
+
+
+def test_what_one_method_keeps_leaving_out_is_fetched_by_the_next() -> None:
+    b = Bench(methods=WAYS[:2])
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2, proved=True)))
+    b.arrive("1.4.1.1")
+    for _ in range(3):
+        assert move.method == "c-move"
+        out = b.step(d.MoveFinished(move.move, 0xB000, 1, ("1.4.1.2",)))
+        (move,) = of(d.StartMove, out + b.sleep(3.0))
+    assert (move.method, move.instances) == ("c-get", ("1.4.1.2",))
+    assert [each.method for each in of(d.StartMove, b.ask(2, series(2, 2)))] == ["c-move"]  # it works for others
+
+
+def test_a_pacs_that_is_away_for_one_method_is_asked_by_the_next() -> None:
+    b = Bench(limit=1, methods=WAYS[:2])
+    running = of(d.StartMove, b.ask(1, *(series(n, 1) for n in range(1, 6))))
+    methods = []
+    while b.scheduler.waiting and b.now < 200:
+        methods += [move.method for move in running]
+        out = b.sleep(0.1)
+        for move in running:
+            if move.method == "c-move":
+                out += b.step(d.MoveFinished(move.move, error=ConnectFailed("main", "refused")))
+            else:
+                out += b.deliver(move)
+        running = of(d.StartMove, out)
+    assert methods == ["c-move"] * 3 + ["c-get"] * 5
+
+
+def test_a_stalled_move_gives_way() -> None:
+    b = Bench(limit=2, methods=WAYS[:2])
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2)))
+    out = b.sleep(60.0)
+    assert [each.move for each in of(d.CancelMove, out)] == [move.move]
+    (other,) = of(d.StartMove, out)
+    assert (other.method, len(other.instances)) == ("c-get", 2)
+    b.step(d.MoveFinished(move.move, 0xFE00))
+    assert len(of(d.CompleteInstance, b.deliver(other))) == 2
+
+
+def test_methods_that_negotiate_for_themselves_run_beside_each_other() -> None:
+    b = Bench(limit=4, methods=("c-get",))
+    assert len(of(d.StartMove, b.ask(1, series(1, 1)))) == 1
+    other = replace(series(2, 1), study_instance_uid="1.2.2")
+    assert len(of(d.StartMove, b.ask(2, other, accept=(JPEG,)))) == 1
+    # The same instance in two syntaxes could not be told apart.
+    assert of(d.StartMove, b.ask(3, series(1, 1), accept=(JPEG,))) == []
+    assert of(d.AcceptStore, b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a PACS, a spool and a clock allow
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_pacs_is_left_alone_and_told_at_once_until_a_probe_comes_back() -> None:
+    b = Bench(limit=4)
+    refused = ConnectFailed("main", "connection refused")
+    running = of(d.StartMove, b.ask(1, *(series(n, 1) for n in range(1, 9))))
+    while b.scheduler.waiting:
+        out = b.sleep(0.1)
+        for move in running:
+            out += b.step(d.MoveFinished(move.move, error=refused))
+        running = of(d.StartMove, out)
+        assert b.now < 110
+    b.sleep(1.0)
+    out = b.ask(2, series(1, 2), series(1, 1, pacs="other"))
+    assert [each.pacs for each in of(d.StartMove, out)] == ["other"]
+    failed = of(d.FailInstance, out)
+    assert len(failed) == 2
+    assert isinstance(failed[0].error, RepositoryBusy)
+    assert "connection refused" in failed[0].error.context
+    assert "not asked since" in failed[0].error.context
+    told = b.scheduler.why_closed("main", b.now)
+    assert told is not None
+    assert told.context == failed[0].error.context
+    assert b.scheduler.why_closed("other", b.now) is None
+    b.sleep(30.0)
+    (probe,) = of(d.StartMove, b.ask(3, *(series(n, 2) for n in range(1, 5))))
+    b.step(d.StoreOffered(900, "main", CT, probe.instances[0], EXPLICIT))
+    assert len(of(d.StartMove, b.step(d.InstanceArrived(900, 10)))) == 3  # it sends: all associations again
+    assert b.scheduler.why_closed("main", b.now) is None
+
+
+def test_a_probe_that_fails_fails_who_waited_for_it() -> None:
+    b = Bench(limit=1)
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    b.sleep(60.0)
+    b.step(d.MoveFinished(move.move, 0xFE00))
+    b.sleep(20.0)
+    (probe,) = of(d.StartMove, b.ask(2, series(2, 1), series(3, 1)))
+    failed = of(d.FailInstance, b.step(d.MoveFinished(probe.move, error=ConnectFailed("main", "refused"))))
+    assert len(failed) == 2
+    assert b.scheduler.waiting == 0
+
+
+def test_admission_by_bytes_that_are_learned_and_promised() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2, proved=True)))
+    for uid in move.instances:
+        b.arrive(uid, size=10_000_000)
+    b.step(d.MoveFinished(move.move, 0, 2))
+    assert len(of(d.StartMove, b.ask(2, series(2, 5, proved=True), room=100_000_000))) == 1
+    (failed, *_) = of(d.FailInstance, b.ask(3, series(3, 6, proved=True), room=100_000_000))  # 50 MB are promised
+    assert isinstance(failed.error, RepositoryOutOfResources)
+    assert failed.error.retry is Retry.LATER
+    assert of(d.FailInstance, b.ask(4, series(2, 5, proved=True), room=2_000_000)) == []  # asks for nothing new
+    b.step(d.Withdrawn(2))
+    b.step(d.Withdrawn(4))
+    assert len(of(d.StartMove, b.ask(5, series(3, 6, proved=True), room=100_000_000))) == 1
+
+
+def test_bytes_a_second() -> None:
+    b = Bench(limit=2, bytes_per_second=1000)
+    first, second = of(d.StartMove, b.ask(1, *(series(n, 1) for n in range(1, 4))))
+    b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
+    b.step(d.BytesArrived(1, 6000))
+    b.step(d.InstanceArrived(1, 11_000))  # 11 kB in all, a second's worth of them free
+    assert of(d.StartMove, b.step(d.MoveFinished(first.move, 0, 1))) == []
+    assert of(d.StartMove, b.sleep(9.0)) == []
+    assert len(of(d.StartMove, b.sleep(1.1))) == 1
+    assert second.instances == ("1.4.2.1",)
+
+
+def test_hours_bind_all_but_emergencies() -> None:
+    b = Bench(hours=("20:00-06:00",))
+    b.step(d.ClockRead(19 * 3600.0))
+    (failed,) = of(d.FailInstance, b.ask(1, series(1, 1)))
+    assert isinstance(failed.error, RepositoryBusy)
+    assert "20:00-06:00" in failed.error.context
+    (move,) = of(d.StartMove, b.ask(2, series(2, 1), priority=d.Priority.EMERGENCY))
+    b.deliver(move)
+    assert of(d.StartMove, b.ask(3, series(3, 1), priority=d.Priority.PREFETCH)) == []
+    assert [m.series_instance_uid for m in of(d.StartMove, b.sleep(3601.0))] == ["1.3.3"]
+
+
+def test_when_the_hours_end_prefetch_waits_for_the_next_and_others_are_told() -> None:
+    b = Bench(limit=1, hours=("20:00-06:00",))
+    b.step(d.ClockRead(5.9 * 3600))
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1), series(2, 1)))
+    b.ask(2, series(3, 1), priority=d.Priority.PREFETCH)
+    b.arrive("1.4.1.1")
+    (failed,) = of(d.FailInstance, b.sleep(361.0))
+    assert failed.want.series_instance_uid == "1.3.2"
+    assert of(d.StartMove, b.step(d.MoveFinished(move.move, 0, 1))) == []
+    assert [m.series_instance_uid for m in of(d.StartMove, b.sleep(14 * 3600.0 + 1))] == ["1.3.3"]
+
+
+def test_b000_without_a_failed_list_is_waited_off_then_asked_again() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 3, proved=True)))
+    b.arrive("1.4.1.1")
+    assert of(d.StartMove, b.step(d.MoveFinished(move.move, 0xB000, 1))) == []
+    assert len(of(d.CompleteInstance, b.arrive("1.4.1.3"))) == 1  # after the last response
+    b.sleep(1.0)
+    assert [m.instances for m in of(d.StartMove, b.sleep(2.0))] == [("1.4.1.2",)]
+
+
+def test_the_same_instance_twice_is_held_once() -> None:
+    b = Bench()
+    b.ask(1, series(1, 1))
+    for store in (1, 2):
+        b.step(d.StoreOffered(store, "main", CT, "1.4.1.1", EXPLICIT))
+    assert len(of(d.CompleteInstance, b.step(d.InstanceArrived(2, 10)))) == 1
+    assert b.step(d.InstanceArrived(1, 10)) == []
+    assert b.step(d.StoreOffered(3, "main", CT, "1.4.1.1", EXPLICIT, is_spooled=True)) == [d.DropStore(3)]
+
+
+def test_an_abort_inside_an_object_costs_that_object_only() -> None:
+    b = Bench()
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2, proved=True)))
+    b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT))
+    assert len(of(d.LoseInstance, b.step(d.StoreBroken(1, "A-ABORT")))) == 1
+    b.arrive("1.4.1.2")
+    b.step(d.MoveFinished(move.move, None, comment="the PACS ended the association"))
+    b.sleep(1.0)
+    assert [m.instances for m in of(d.StartMove, b.sleep(2.0))] == [("1.4.1.1",)]
+
+
+def test_a_step_looks_only_at_the_pacs_that_it_touches() -> None:
+    def lines(pacs: int) -> int:
+        budgets = {f"p{n}": Budget(2) for n in range(pacs)}
+        scheduler = Scheduler(budgets, stall_timeout=60.0, randomness=random.Random(1))
+        for n in range(pacs):
+            scheduler.step(d.Asked(n, (series(n, 5, pacs=f"p{n}"),), (EXPLICIT,), ROOM), 0.0)
+        return count_lines(lambda: scheduler.step(d.MoveResponded(1), 1.0))
+
+    assert lines(5) == lines(500)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Under random load
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -660,20 +1107,7 @@ def test_no_step_looks_at_everything_that_waits() -> None:
     def lines_of_an_arrival(waiting_series: int) -> int:
         b = Bench(limit=4)
         b.ask(1, *(series(n, 100) for n in range(1, waiting_series + 1)))
-        count = 0
-
-        def trace(frame: object, event: str, argument: object) -> object:
-            nonlocal count
-            count += event == "line"
-            return trace
-
-        before = sys.gettrace()
-        sys.settrace(trace)
-        try:
-            b.arrive("1.4.1.1")
-        finally:
-            sys.settrace(before)
-        return count
+        return count_lines(lambda: b.arrive("1.4.1.1"))
 
     assert lines_of_an_arrival(100) == lines_of_an_arrival(10)
 

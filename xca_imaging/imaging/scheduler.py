@@ -249,9 +249,7 @@ class Scheduler:
         pacs = batch.fetches[0].pacs
         pacs.queue.push(batch, now)
         self._waitlist.touch(pacs)
-        if not pacs.is_waiting_to_close and (left := pacs.hours.closes_in(now)) is not None:
-            pacs.is_waiting_to_close = True
-            self._waitlist.at(now + left, lambda time: self._close_hours(pacs, time))
+        self._mind_hours(pacs, now)
 
     def _refusal(self, event: Asked) -> RegistryError | None:
         """Return why a request cannot be taken in; None when it can."""
@@ -332,18 +330,25 @@ class Scheduler:
     def _set_clocks(self, event: ClockRead, now: float) -> None:
         for pacs in self._waitlist.pacs.values():
             pacs.hours.set_clock(event.seconds_of_day, now)
+            self._mind_hours(pacs, now)
             self._waitlist.touch(pacs)
 
-    def _close_hours(self, pacs: Pacs, now: float) -> None:
-        """The time of a PACS is over: what can wait waits for the next, what cannot is told."""
-        pacs.is_waiting_to_close = False
-        opens_in = pacs.hours.opens_in(now)
-        if not opens_in:
-            return
-        for fetch in tuple(pacs.waiting()):
-            if all(request.priority is Priority.ROUTINE for request in fetch.waiters):
-                self._waitlist.fail(fetch, _outside_hours(pacs, opens_in))
-        self._waitlist.at(now + opens_in, lambda time: self._waitlist.touch(pacs))
+    def _mind_hours(self, pacs: Pacs, now: float) -> None:
+        """Look again when the hours of a PACS begin or end next, as long as something waits for it."""
+        left = pacs.hours.opens_in(now) or pacs.hours.closes_in(now)
+        if left and not pacs.minds_hours and next(pacs.waiting(), None):
+            pacs.minds_hours = True
+            self._waitlist.at(now + left + 0.001, lambda time: self._change_hours(pacs, time))  # surely after it
+
+    def _change_hours(self, pacs: Pacs, now: float) -> None:
+        """Let what can wait for the next hours wait for them, and tell what cannot."""
+        pacs.minds_hours = False
+        if opens_in := pacs.hours.opens_in(now):
+            for fetch in tuple(pacs.waiting()):
+                if all(request.priority is Priority.ROUTINE for request in fetch.waiters):
+                    self._waitlist.fail(fetch, _outside_hours(pacs, opens_in))
+        self._mind_hours(pacs, now)
+        self._waitlist.touch(pacs)
 
     # --- moves and queries ----------------------------------------------------------------------------------------
 

@@ -201,7 +201,7 @@ class Pacs:
     pause_until: float = 0.0
     blocked_since: float | None = None  # since when batches wait for C-MOVEs with other accepted syntaxes to end
     seconds_each: float = 0.05  # of an instance in a move, running mean
-    is_waiting_to_close: bool = False
+    minds_hours: bool = False  # a timer runs to when its hours begin or end
     busy_streak: int = 0
     good_moves: int = 0  # since the window was changed
     last_progress: float = 0.0  # when a wanted byte came
