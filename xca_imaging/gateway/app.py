@@ -41,6 +41,7 @@ from xca_imaging.registry.administration import Administration
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.events import Requester
 from xca_imaging.registry.provide import Repository
+from xca_imaging.registry.remote import RemoteStore
 from xca_imaging.security import tls
 from xca_imaging.settings import Settings, is_loopback
 
@@ -105,7 +106,10 @@ class Node:
         repository = None
         if settings.repository.unique_id:
             repository = Repository(
-                registry, settings.data_dir / "documents", repository_unique_id=settings.repository.unique_id
+                registry,
+                settings.data_dir / "documents",
+                repository_unique_id=settings.repository.unique_id,
+                remote=RemoteStore.open(settings.repository.store),
             )
 
         transfers = Transfers(
@@ -152,6 +156,8 @@ class Node:
                 administration, repository, publishers, executor, keep=settings.repository.persist_on_demand
             )
         documents = DocumentActors(registry, repository, executor, on_demand)
+        orphans = asyncio.create_task(documents.check_store())
+        resources.callback(orphans.cancel)
         administering = AdministrativeActors(administration, repository, executor)
         source = ImagingDocumentSource(transfers, metrics)
         gateway = RespondingGateway(settings.node.home_community_id, documents, source)
@@ -162,7 +168,7 @@ class Node:
             "responding-gateway": gateway.operations(),
             "responding-imaging-gateway": gateway.imaging_operations(),
         }
-        _watch(metrics, spool, scp, transfers)
+        _watch(metrics, spool, scp, transfers, documents)
         application = self._application(Exchange(spool, limits, metrics, callers), services, metrics, registry, spool)
         await self._listen(application, https, resources)
         resources.push_async_callback(self._drain, transfers)
@@ -334,7 +340,9 @@ def _file_handler(file: Path) -> Handler:
     return schema
 
 
-def _watch(metrics: Metrics, spool: Spool, scp: StoreScp, transfers: Transfers) -> None:
+def _watch(metrics: Metrics, spool: Spool, scp: StoreScp, transfers: Transfers, documents: DocumentActors) -> None:
+    metrics.watch("documents_unnamed", "Stored contents that no document names", lambda: documents.orphans.unnamed)
+    metrics.watch("documents_missing", "Documents whose content is not in the store", lambda: documents.orphans.missing)
     metrics.watch("spool_used_bytes", "Bytes in the spool", lambda: spool.used_bytes)
     metrics.watch("spool_free_bytes", "Room left in the spool", lambda: spool.free_bytes)
     metrics.watch("dicom_associations", "Inbound associations open", lambda: len(scp.associations))
