@@ -102,9 +102,10 @@ def test_a_chain_of_merges_ends_at_the_one_that_is_left(registry: Registry, admi
     register(registry, D)
     told(administration, Merged((A,), (D,)))
     assert len(documents_of(registry, C)) == 4
-    # What has been done already changes nothing.
+    # What has been done already changes nothing, and is told of all the same.
     told(administration, Merged((B,), (A,)), Merged((C,), (A,)), Merged((C,), (B,)))
     assert len(documents_of(registry, C)) == 4
+    assert [each.facts["relinked"] for each in read_events(registry)] == ["2", "4", "2", "0", "0", "0"]
 
 
 def test_several_domains_in_one_merge(registry: Registry, administration: Administration) -> None:

@@ -172,6 +172,16 @@ def test_associations_go_with_the_new_version(
     )
 
 
+def test_a_new_version_stays_out_of_a_deprecated_folder(registry: Registry, administration: Administration) -> None:
+    entry, kept = document(), folder()
+    entry, kept = registered(registry, entry, kept, associations=into_folder(kept.entry_uuid, entry.entry_uuid))
+    administration.update(status_of(kept.entry_uuid, uids.APPROVED, uids.DEPRECATED), ADMINISTRATOR)
+    new = administration.update(update_of(entry), ADMINISTRATOR).entry_uuids["New0"]
+    assert (kept.entry_uuid, new) not in {
+        (getattr(each, "source", ""), getattr(each, "target", "")) for each in stored(registry)
+    }
+
+
 def test_a_delayed_document_gets_its_hash_and_size(registry: Registry, administration: Administration) -> None:
     (first,) = registered(registry, document())  # the samples are of size 0, with the hash of nothing
     assembled = replace(first, hash="2fd4e1c67a2d28fced849ee1bb76e7391b93eb12", size=43)

@@ -21,8 +21,21 @@ pytestmark = [
 ]
 
 ENDPOINTS = {
-    "/services/registry": {soap_client.ITI18.action, soap_client.ITI42.action},
-    "/services/repository": {soap_client.ITI41.action, soap_client.ITI43.action},
+    "/services/registry": {
+        soap_client.ITI18.action,
+        soap_client.ITI42.action,
+        "urn:ihe:iti:2010:UpdateDocumentSet",
+        "urn:ihe:iti:2010:RegisterOnDemandDocumentEntry",
+        "urn:ihe:iti:2010:DeleteDocumentSet",
+        "urn:hl7-org:v3:PRPA_IN201301UV02",
+        "urn:hl7-org:v3:PRPA_IN201302UV02",
+        "urn:hl7-org:v3:PRPA_IN201304UV02",
+    },
+    "/services/repository": {
+        soap_client.ITI41.action,
+        soap_client.ITI43.action,
+        "urn:ihe:iti:2017:RemoveDocuments",
+    },
     "/services/imaging-source": {soap_client.RAD69.action},
     "/services/responding-gateway": {soap_client.ITI38.action, soap_client.ITI39.action},
     "/services/responding-imaging-gateway": {soap_client.RAD75.action},

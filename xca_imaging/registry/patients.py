@@ -45,7 +45,7 @@ def apply(connection: Connection, feed: Feed, policy: Policy) -> list[Change]:
     patient_ids = _of_our_domains(feed.patient_ids, policy)
     if isinstance(feed, Merged):
         merges = _plan(connection, patient_ids, _of_our_domains(feed.subsumed, policy))
-        add(connection, {survivor for _, survivor in merges})
+        add(connection, [survivor for _, survivor in merges])
         return [_merge(connection, subsumed, survivor) for subsumed, survivor in merges]
     known = _load(connection, patient_ids)
     if isinstance(feed, Added):
@@ -86,7 +86,7 @@ def _load(connection: Connection, patient_ids: Iterable[str]) -> dict[str, str]:
 
 
 def _plan(connection: Connection, surviving: list[str], subsumed: list[str]) -> list[tuple[str, str]]:
-    """Return which id goes into which: only those that have not gone there before."""
+    """Return which id goes into which; one that has gone there before goes again, and nothing comes of it."""
     known = _load(connection, [*surviving, *subsumed])
     by_domain = {rules.assigning_authority(each): each for each in reversed(surviving)}
     merges: list[tuple[str, str]] = []
@@ -100,8 +100,7 @@ def _plan(connection: Connection, surviving: list[str], subsumed: list[str]) -> 
         gone_to = known.get(each, "")
         if gone_to and gone_to != survivor:
             raise FeedRefused(f"patient id {each} has been merged into {gone_to} already")
-        if not gone_to:
-            merges.append((each, survivor))
+        merges.append((each, survivor))
     return merges
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, cast
 
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, or_, select
 
 from xca_imaging import errors, uids
 from xca_imaging.errors import RegistryError, SubmissionRefused
@@ -427,7 +427,8 @@ def _propagate(
     """Return a copy of each approved association of a replaced version, for the new one; the rows that the copies end
     at; and the folders that have a new member thereby.
 
-    Memberships in SubmissionSets are not copied: a version is of the submission that made it. A copy of a folder's
+    Memberships in SubmissionSets are not copied: a version is of the submission that made it; nor are those in folders
+    that are deprecated. A copy of a folder's
     membership comes with the HasMember that says which submission made it (4.2.2.1.4).
     """
     by_row = {each.id: entry_uuid for entry_uuid, each in replaced.items()}
@@ -447,7 +448,11 @@ def _propagate(
         .join(ObjectRow, ObjectRow.id == AssociationRow.id)
         .join(source, source.c.id == AssociationRow.source_id)
         .join(target, target.c.id == AssociationRow.target_id)
-        .where(ObjectRow.status == Status.APPROVED, source.c.kind != Kind.SUBMISSION_SET)
+        .where(
+            ObjectRow.status == Status.APPROVED,
+            source.c.kind != Kind.SUBMISSION_SET,
+            or_(source.c.kind != Kind.FOLDER, source.c.status == Status.APPROVED),
+        )
     )
     rows: dict[int, Any] = {}
     for chunk in chunks(sorted(by_row)):
