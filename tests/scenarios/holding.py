@@ -96,7 +96,14 @@ def rad75(
     return soap_client.send(node, soap_client.RAD75, body, **more)
 
 
-def check_images(answer: soap_client.Answer, wanted: Iterable[Any], reference: dict[str, bytes], *, home: str) -> None:
+def check_images(
+    answer: soap_client.Answer,
+    wanted: Iterable[Any],
+    reference: dict[str, bytes],
+    *,
+    home: str,
+    repository: str = RETRIEVE_LOCATION,
+) -> None:
     """Everything wanted came, whole, and nothing else."""
     instances = list(wanted)
     assert answer.registry_status == soap_client.SUCCESS, answer.errors
@@ -104,7 +111,7 @@ def check_images(answer: soap_client.Answer, wanted: Iterable[Any], reference: d
     assert set(documents) == {each.uid for each in instances}
     for each in instances:
         document = documents[each.uid]
-        assert document.repository == RETRIEVE_LOCATION
+        assert document.repository == repository
         assert document.home == home
         assert document.mime_type == "application/dicom"
         check_same_dataset(document.content, reference[each.uid])

@@ -11,7 +11,7 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from pydicom.uid import UID_dictionary  # type: ignore[attr-defined]  # re-exported without saying so
 
@@ -130,25 +130,25 @@ ALL_CLASSES = _BY_USAGE + tuple(
 def propose(accept: Sequence[str], known: Iterable[str] = ()) -> tuple[Proposal, ...]:
     """Return the storage contexts of a C-GET, at most 127.
 
+    Every class has the best of its syntaxes first, then each in turn has all the others, as long as there is room: a
+    PACS may well be able to decode, but it can send nothing of a class that was not proposed.
+
     Parameters
     ----------
     accept : sequence of str
         Transfer syntaxes, best first; empty: any.
     known : iterable of str
-        SOP classes of what is asked. None known: the classes that are most used. Of very many, each keeps the best of
-        its syntaxes for which there is room.
+        SOP classes of what is asked. None known: the classes that are most used.
     """
     classes = tuple(dict.fromkeys(uid for uid in known if uid)) or _BY_USAGE
     syntaxes = tuple(accept) or ANY_SYNTAX
-    pairs = list(_pairs(classes, syntaxes))
-    if classes is not _BY_USAGE and len(pairs) > _ROOM:
-        # A second syntax of one class before the first of another would lose the other altogether.
-        pairs = list(_pairs(classes[:_ROOM], syntaxes[: max(1, _ROOM // len(classes))]))
-    return tuple(Proposal(sop_class, (syntax,), receives=True) for sop_class, syntax in pairs[:_ROOM])
-
-
-def _pairs(classes: Sequence[str], syntaxes: Sequence[str]) -> Iterator[tuple[str, str]]:
+    plain = [uid for uid in syntaxes if uid in _UNCOMPRESSED]
+    pairs: dict[tuple[str, str], None] = {}
     for sop_class in classes:
-        for syntax in syntaxes:
-            if sop_class not in _NO_PIXELS or syntax in _UNCOMPRESSED:
-                yield sop_class, syntax
+        if plain or sop_class not in _NO_PIXELS:
+            pairs[sop_class, (plain or syntaxes)[0]] = None
+    for sop_class in classes:
+        for syntax in plain if sop_class in _NO_PIXELS else syntaxes:
+            pairs[sop_class, syntax] = None
+    chosen = list(pairs)[:_ROOM]
+    return tuple(Proposal(sop_class, (syntax,), receives=True) for sop_class, syntax in chosen)
