@@ -125,6 +125,14 @@ async def test_unknown_destination_says_what_to_configure(destination: tuple[str
         await move(pacs, series_of(wants))
 
 
+async def test_a_pacs_that_is_unable_without_a_word(destination: tuple[str, int]) -> None:
+    """Orthanc answers so for a destination that it does not know."""
+    with scripted(destination, "unable") as (pacs, wants):
+        result, _ = await move(pacs, series_of(wants))
+    assert result.status == 0xC000
+    assert "know the remote AE 'XCAI' with host 192.0.2.7 and port 11112" in result.error_comment
+
+
 async def test_out_of_resources_is_for_the_scheduler(destination: tuple[str, int]) -> None:
     """It also is what some answer when every sub-operation failed, for whatever reason."""
     with scripted(destination, "a702") as (pacs, wants):

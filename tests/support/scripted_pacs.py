@@ -271,6 +271,9 @@ class Scripts:
         else:
             self.no_pending(move)
 
+    def unable(self, move: Move) -> None:
+        move.respond(0xC000, completed=0, failed=0)
+
     def a702(self, move: Move) -> None:
         move.respond(0xA702)
 

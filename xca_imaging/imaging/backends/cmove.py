@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 
 from pydicom.dataset import Dataset
 
@@ -25,7 +26,8 @@ STUDY_ROOT_MOVE = "1.2.840.10008.5.1.4.1.2.2.2"  # PS3.4 C.6.2: Study Root Query
 
 _PROPOSALS = (Proposal(STUDY_ROOT_MOVE),)
 _OUT_OF_RESOURCES = range(0xA700, 0xA800)
-_FAILURES = (range(0x0105, 0x0213), range(0xA700, 0xB000), range(0xC000, 0xD000))  # PS3.7 Annex C, PS3.4 Table C.4-2
+_UNABLE = range(0xC000, 0xD000)  # PS3.4 Table C.4-2: unable to process
+_FAILURES = (range(0x0105, 0x0213), range(0xA700, 0xB000), _UNABLE)  # PS3.7 Annex C, PS3.4 Table C.4-2
 
 
 class CMove:
@@ -70,6 +72,11 @@ class CMove:
                 _log.info("%s takes no second C-MOVE on an association: each has its own from now on", self.pacs.name)
                 self._associations.stop_reusing()
         raise_refusal(self.pacs.name, dimse.C_MOVE_RQ, result, destination=(self._ae_title, *self._listener))
+        if result.status in _UNABLE and not result.completed and not result.error_comment:
+            # Orthanc answers so, without a word, where others say 0xA801.
+            host, port = self._listener
+            hint = f"does the PACS know the remote AE {self._ae_title!r} with host {host} and port {port}?"
+            result = replace(result, error_comment=hint)
         return result
 
     def pause(self, association: PeerAssociation) -> None:
