@@ -908,12 +908,18 @@ class Simulation:
     def __init__(self, seed: int, limits: dict[str, int]) -> None:
         self.random = random.Random(seed)
         self.limits = limits
-        budgets = {name: Budget(limit, uid_list_limit=3) for name, limit in limits.items()}
+        # One PACS with other ways to make it send, and each level by setting in some of the runs.
+        levels: tuple[LevelChoice, ...] = ("auto", "study", "series", "image")
+        budgets = {
+            name: Budget(limit, WAYS[: 1 + (name == "other")], uid_list_limit=3, level=levels[seed % 4])
+            for name, limit in limits.items()
+        }
         self.scheduler = Scheduler(budgets, stall_timeout=30.0, randomness=random.Random(seed))
         self.now = 0.0
         self.agenda: list[tuple[float, int, Callable[[], None]]] = []
         self.numbers = itertools.count(1)
         self.ledgers: dict[int, Ledger] = {}
+        self.wanted: dict[int, set[str]] = {}  # of requests that were not withdrawn: what has no end yet
         self.running: dict[int, Running] = {}
         self.queries: Counter[str] = Counter()
         self.asked_queries: dict[int, str] = {}
@@ -935,7 +941,11 @@ class Simulation:
                 assert decision.instances
                 active = [r.decision for r in self.running.values() if r.decision.pacs == pacs]
                 assert len(active) + self.queries[pacs] < self.limits[pacs]
-                assert {each.accept for each in active} <= {decision.accept}
+                if decision.method == "c-move":
+                    assert {each.accept for each in active if each.method == "c-move"} <= {decision.accept}
+                assert decision.method in WAYS[: 1 + (pacs == "other")]
+                for uid in decision.instances:  # somebody waits for each
+                    assert any(uid in wanted for wanted in self.wanted.values())
                 for other in self.running.values():  # one fetch per instance, as long as somebody waits for it
                     if other.decision.pacs == pacs and not other.is_cancelled:
                         assert not set(other.decision.instances) & set(decision.instances) - self.ended
@@ -956,9 +966,11 @@ class Simulation:
                 self.ledgers[request].lose(want)
             case d.CompleteInstance(request=request, want=want):
                 self.ended.add(want.sop_instance_uid)
+                self.end(request, want)
                 self.ledgers[request].hold(want, size=1, transfer_syntax_uid=EXPLICIT)
             case d.FailInstance(request=request, want=want, error=error):
                 self.ended.add(want.sop_instance_uid)
+                self.end(request, want)
                 self.ledgers[request].fail(want, error)
             case d.WakeAt(time=time):
                 assert time >= self.now
@@ -1035,7 +1047,25 @@ class Simulation:
 
     def ask(self, request: int, fetches: tuple[SeriesFetch, ...], accept: tuple[str, ...]) -> None:
         self.ledgers[request] = Ledger(want for fetch in fetches for want in fetch.wants)
-        self.step(d.Asked(request, fetches, accept, ROOM))
+        self.wanted[request] = {want.sop_instance_uid for fetch in fetches for want in fetch.wants}
+        asker, priority = self.random.choice("ab"), self.random.choice(list(d.Priority))
+        self.step(d.Asked(request, fetches, accept, ROOM, asker, priority, self.random.choice([1.0, 3.0])))
+        if self.random.random() < 0.3:
+            self.at(self.random.uniform(0, 5), lambda: self.throttle(request, True))
+
+    def throttle(self, request: int, is_throttled: bool) -> None:
+        self.step(d.Throttled(request, is_throttled))
+        if is_throttled:
+            self.at(self.random.uniform(0, 5), lambda: self.throttle(request, False))
+
+    def withdraw(self, request: int) -> None:
+        self.wanted.pop(request, None)
+        self.step(d.Withdrawn(request))
+
+    def end(self, request: int, want: Want) -> None:
+        others = [e for e in self.ledgers[request] if e.want.sop_instance_uid == want.sop_instance_uid]
+        if request in self.wanted and len(others) == 1:
+            self.wanted[request].discard(want.sop_instance_uid)
 
     def ask_query(self, query: int, pacs: str) -> None:
         self.asked_queries[query] = pacs
@@ -1084,15 +1114,17 @@ def test_every_want_ends_and_no_limit_is_passed(
     simulation = Simulation(seed, limits)
     withdrawn = set()
     for request, (start, items, accept, leaves, queries) in enumerate(requests, 1):
+        in_study = Counter(pacs for _, count, whole, pacs in items for _ in range(count) if whole and count == 6)
         fetches = tuple(
-            series(number, count, pacs=pacs, whole=whole and count == 6) for number, count, whole, pacs in items
+            series(number, count, pacs=pacs, whole=whole and count == 6, in_study=in_study[pacs])
+            for number, count, whole, pacs in items
         )
         if queries:
             simulation.at(start, lambda q=request, pacs=items[0][3]: simulation.ask_query(q, pacs))
         simulation.at(start, lambda r=request, f=fetches, a=accept: simulation.ask(r, f, a))
         if leaves is not None:
             withdrawn.add(request)
-            simulation.at(start + leaves, lambda r=request: simulation.step(d.Withdrawn(r)) and None)
+            simulation.at(start + leaves, lambda r=request: simulation.withdraw(r))
     simulation.run(until=3600.0)
     assert simulation.scheduler.waiting == 0
     assert simulation.scheduler.active_moves == 0
