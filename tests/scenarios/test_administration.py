@@ -1,10 +1,12 @@
 """Identity feeds, on-demand entries, updates and removals of a node that serves, by clients of other hands.
 
-HL7 v2 by python-hl7's client, ITI-44, ITI-62 and ITI-86 by zeep from the published WSDLs, the rest by hand-written XML.
+HL7 v2 by python-hl7's client; ITI-44, ITI-57, ITI-61, ITI-62 and ITI-86 by zeep from the published WSDLs, which also
+reads the answers. zeep knows no substitution groups, so the objects of a submission are hand-written.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import sqlite3
 import uuid
@@ -18,6 +20,7 @@ import pydicom
 import pytest
 import zeep
 from hl7.client import MLLPClient
+from lxml import etree
 
 from tests.scenarios.holding import PATIENT_ID, UNIQUE_ID, entries_of, identifier
 from tests.support import images, peers, soap_client
@@ -36,16 +39,6 @@ pytestmark = [
 ON_DEMAND = "urn:uuid:34268e47-fdf5-41a6-ba33-82133c465248"
 IS_SNAPSHOT_OF = "urn:ihe:iti:2010:AssociationType:IsSnapshotOf"
 RMD = "urn:ihe:iti:rmd:2017"
-
-
-def _transaction(number: int, action: str, response: str = "") -> soap_client.Transaction:
-    full = f"urn:ihe:iti:2010:{action}"
-    answer = f"urn:ihe:iti:2010:{response or action + 'Response'}"
-    return soap_client.Transaction(f"ITI-{number}", "/services/registry", full, answer, False)
-
-
-ITI57 = _transaction(57, "UpdateDocumentSet")
-ITI61 = _transaction(61, "RegisterOnDemandDocumentEntry", "RegisterOnDemandDocumentResponse")
 
 
 class Serving:
@@ -102,9 +95,21 @@ def feed(node: Node, *messages: str) -> list[str]:
     return found
 
 
-def service(node: Node, wsdl: Path, path: str) -> Any:
+class Objects(zeep.Plugin):
+    """Puts hand-written objects into the RegistryObjectList of a request."""
+
+    def __init__(self, submission: str) -> None:
+        self._objects = soap_client.parse_xml(submission.encode()).find("rim:RegistryObjectList", soap_client.NS)
+
+    def egress(self, envelope: Any, http_headers: Any, operation: Any, binding_options: Any) -> tuple[Any, Any]:
+        (listed,) = envelope.iter(f"{{{soap_client.RIM}}}RegistryObjectList")
+        listed.getparent().replace(listed, self._objects)
+        return envelope, http_headers
+
+
+def service(node: Node, wsdl: Path, path: str, *plugins: zeep.Plugin) -> Any:
     """Return the operations of a published WSDL at this node's endpoint."""
-    client = zeep.Client(str(wsdl))
+    client = zeep.Client(str(wsdl), plugins=plugins)
     (binding,) = client.wsdl.bindings
     return client.create_service(binding, node.url(path))
 
@@ -115,6 +120,14 @@ def codes_of(response: Any) -> list[tuple[str, str]]:
     return [(response.status.rpartition(":")[2], each.errorCode) for each in errors] or [
         (response.status.rpartition(":")[2], "")
     ]
+
+
+def submit(node: Node, transaction: str, submission: str) -> list[tuple[str, str]]:
+    """Send a submission by ITI-57 or ITI-61."""
+    wsdl = Path(shared_path(f"schemas/ipf-xds/{transaction}.wsdl"))
+    operations = service(node, wsdl, "/services/registry", Objects(submission))
+    name = {"iti57": "UpdateDocumentSet", "iti61": "RegisterOnDemandDocumentEntry"}[transaction]
+    return codes_of(operations[f"DocumentRegistry_{name}"](RegistryObjectList={}))
 
 
 def remove_metadata(node: Node, ids: list[str]) -> list[tuple[str, str]]:
@@ -215,8 +228,7 @@ def on_demand(serving: Serving, node: Node, folder: Path, count: int = 2) -> tup
     if "hl7" in node.config:
         assert feed(node, adt("A04", study.cx)) == ["AA"]
     unique_id = images.new_uid()
-    answer = soap_client.send(node, ITI61, on_demand_entry(study, unique_id=unique_id))
-    assert answer.registry_status == soap_client.SUCCESS, answer.errors
+    assert submit(node, "iti61", on_demand_entry(study, unique_id=unique_id)) == [("Success", "")]
     return study, unique_id
 
 
@@ -326,15 +338,13 @@ def test_what_an_on_demand_entry_must_not_say(serving: Serving, tmp_path: Path, 
     study = images.ct(tmp_path / "ct", 1)
     values = {"creationTime": "20240229", "hash": "da39a3ee5e6b4b0d3255bfef95601890afd80709", "size": "0"}
     body = on_demand_entry(study, unique_id=images.new_uid(), more=_slot(more, values[more]))
-    answer = soap_client.send(serving.making, ITI61, body)
-    assert answer.registry_status == soap_client.FAILURE
-    assert {each.code for each in answer.errors} == {"XDSRegistryMetadataError"}
+    assert submit(serving.making, "iti61", body) == [("Failure", "XDSRegistryMetadataError")]
 
 
 def test_a_study_that_no_pacs_has(serving: Serving, tmp_path: Path) -> None:
     study = images.ct(tmp_path / "ct", 1, patient_id=images.new_patient())
     unique_id = images.new_uid()
-    soap_client.send(serving.making, ITI61, on_demand_entry(study, unique_id=unique_id))
+    submit(serving.making, "iti61", on_demand_entry(study, unique_id=unique_id))
     answer = retrieve(serving.making, unique_id)
     assert [(each.code, each.location) for each in answer.errors] == [("XDSDocumentUniqueIdError", unique_id)]
 
@@ -357,12 +367,53 @@ def deprecation(patient: str, entry_uuid: str) -> str:
 def test_an_entry_that_is_deprecated_is_not_made_any_more(serving: Serving, tmp_path: Path) -> None:
     study, unique_id = on_demand(serving, serving.making, tmp_path)
     (entry,) = [each for each in objects_of(serving.making, study.cx) if kind(each) == "ExtrinsicObject"]
-    answer = soap_client.send(serving.making, ITI57, deprecation(study.cx, entry.get("id")))
-    assert answer.registry_status == soap_client.SUCCESS, answer.errors
+    assert submit(serving.making, "iti57", deprecation(study.cx, entry.get("id"))) == [("Success", "")]
     assert [each.code for each in retrieve(serving.making, unique_id).errors] == ["XDSDocumentUniqueIdError"]
-    again = soap_client.send(serving.making, ITI57, deprecation(study.cx, entry.get("id")))
-    assert again.registry_status == soap_client.FAILURE
-    assert [each.code for each in again.errors] == ["XDSMetadataUpdateError"]
+    again = submit(serving.making, "iti57", deprecation(study.cx, entry.get("id")))
+    assert again == [("Failure", "XDSMetadataUpdateError")]
+
+
+def new_version(entry: Any, patient: str, *, title: str, previous: str) -> str:
+    """Return the update of an entry as a query has given it."""
+    new = copy.deepcopy(entry)
+    for element in new.iter():
+        for name in ("id", "classifiedObject", "registryObject"):
+            if element.get(name) == entry.get("id"):
+                element.set(name, "Document01")
+            elif name == "id" and element.get(name):
+                element.set(name, f"urn:uuid:{uuid.uuid4()}")
+    for name in ("status", "home"):
+        new.attrib.pop(name, None)
+    for version in new.findall("rim:VersionInfo", soap_client.NS):
+        new.remove(version)
+    (text,) = new.findall("rim:Name/rim:LocalizedString", soap_client.NS)
+    text.set("value", title)
+    member = _association(
+        "urn:oasis:names:tc:ebxml-regrep:AssociationType:HasMember",
+        "Document01",
+        _slot("SubmissionSetStatus", "Original"),
+        _slot("PreviousVersion", previous),
+    )
+    return _submit(patient, etree.tostring(new).decode(), member)
+
+
+def test_a_new_version_of_what_was_published(serving: Serving, tmp_path: Path) -> None:
+    node = serving.making
+    study = images.ct(tmp_path / "ct", 1, patient_id=images.new_patient())
+    serving.pacs.upload(study.paths)
+    node.publish(study)
+    (entry,) = entries_of(node, study.cx)
+    assert submit(node, "iti57", new_version(entry, study.cx, title="First change", previous="1")) == [("Success", "")]
+    (new,) = entries_of(node, study.cx)
+    (old,) = entries_of(node, study.cx, status=(soap_client.DEPRECATED,))
+    assert old.get("id") == old.get("lid") == new.get("lid") == entry.get("id") != new.get("id")
+    assert new.xpath("string(rim:Name/rim:LocalizedString/@value)", namespaces=soap_client.NS) == "First change"
+    assert new.xpath("string(rim:VersionInfo/@versionName)", namespaces=soap_client.NS) == "2"
+    assert identifier(new, UNIQUE_ID) == identifier(entry, UNIQUE_ID)
+    stale = new_version(entry, study.cx, title="Second change", previous="1")
+    assert submit(node, "iti57", stale) == [("Failure", "XDSMetadataVersionError")]
+    assert submit(node, "iti57", new_version(new, study.cx, title="Second change", previous="2")) == [("Success", "")]
+    assert len(retrieve(node, identifier(entry, UNIQUE_ID)).documents) == 1
 
 
 def test_a_published_study_is_removed_for_good(serving: Serving, tmp_path: Path) -> None:
