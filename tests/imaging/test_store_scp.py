@@ -32,10 +32,12 @@ from xca_imaging.errors import SpoolFull
 from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
 from xca_imaging.imaging.spool import Spool, SpoolWriter
 from xca_imaging.imaging.store_scp import StoreScp
+from xca_imaging.uids import is_uid
 from xca_imaging.wire import dimse, pdu
 
 CT = "1.2.840.10008.5.1.4.1.1.2"
 PRIVATE = "2.25.7777"
+NOTIFICATION = "1.2.840.10008.5.1.4.33"
 MOVE = "1.2.840.10008.5.1.4.1.2.2.2"
 EXPLICIT, IMPLICIT = uids.EXPLICIT_VR_LITTLE_ENDIAN, uids.IMPLICIT_VR_LITTLE_ENDIAN
 JPEG = "1.2.840.10008.1.2.4.70"
@@ -83,6 +85,7 @@ class ScriptedReceiver:
         self.refused: list[Mapping[str, tuple[str, ...]]] = []
         self.associations: list[PeerAssociation] = []
         self.closed: list[tuple[PeerAssociation, str]] = []
+        self.created: list[tuple[PeerAssociation, str, str, bytes, str]] = []
 
     def accepted_syntaxes(self, association: PeerAssociation) -> Sequence[str] | None:
         self.associations.append(association)
@@ -93,6 +96,10 @@ class ScriptedReceiver:
         if self.begin_error is not None:
             raise self.begin_error
         return ScriptedIncoming(self, request) if self.refuse is None else self.refuse
+
+    def create_instance(self, association: PeerAssociation, *created: Any) -> int:
+        self.created.append((association, *created))
+        return self.commit_status
 
     def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
         self.refused.append(refused)
@@ -183,7 +190,7 @@ async def serving(receiver: Any, **options: Any) -> AsyncIterator[StoreScp]:
 
 
 @contextlib.asynccontextmanager
-async def connected(scp: StoreScp) -> AsyncIterator[RawPeer]:
+async def connected(scp: Any) -> AsyncIterator[RawPeer]:
     async with asyncio.timeout(DEADLINE):
         peer = RawPeer(*await asyncio.open_connection(*scp.sockets[0]))
     try:
@@ -586,6 +593,53 @@ async def test_other_services_are_unrecognized_and_cancel_is_ignored(receiver: S
         assert (answer.command_field, answer.message_id_being_responded_to, answer.status) == (0x8020, 4, 0x0211)
         peer.send(command(e0100=0x0FFF, e0120=4, e0800=0x0101), echo_rq())  # C-CANCEL-RQ
         assert (await peer.read()).command_field == 0x8030
+
+
+def create_rq(uid: str = "", sop_class: str = NOTIFICATION, has_data_set: bool = True) -> bytes:
+    """Return an N-CREATE-RQ in context 5."""
+    named = dimse.encode_c_echo_request(dimse.CEchoRequest(4, sop_class))[12:]
+    elements = named.replace(struct.pack("<HHLH", 0, 0x0100, 2, 0x0030), struct.pack("<HHLH", 0, 0x0100, 2, 0x0140))
+    elements = elements.replace(struct.pack("<HHLH", 0, 0x0800, 2, 0x0101), b"")
+    elements += struct.pack("<HHLH", 0, 0x0800, 2, 0x0000 if has_data_set else 0x0101)
+    if uid:
+        value = uid.encode().ljust(len(uid) + len(uid) % 2, b"\0")
+        elements += struct.pack("<HHL", 0, 0x1000, len(value)) + value
+    return pdu.encode_p_data(5, struct.pack("<HHLL", 0, 0, 4, len(elements)) + elements, is_command=True)
+
+
+async def notification(peer: RawPeer, receiver: ScriptedReceiver) -> None:
+    """Create notifications, good ones and bad ones."""
+    answer = await peer.associate(
+        context(1, CT), context(5, NOTIFICATION, JPEG, IMPLICIT), context(7, NOTIFICATION, JPEG)
+    )
+    assert [(c.result, c.transfer_syntax) for c in answer.presentation_contexts][1:] == [(0, IMPLICIT), (4, JPEG)]
+    peer.send(create_rq("1.2.9"), data(b"attributes", 5))
+    assert await peer.read() == dimse.Response(0x8140, 4, 0, NOTIFICATION, "1.2.9", False)
+    receiver.commit_status = 0x0110
+    peer.send(create_rq(), data(bytes(900_000), 5, 100_000))
+    answer = await peer.read()
+    assert (answer.status, is_uid(answer.affected_sop_instance_uid)) == (0x0110, True)  # ours to choose
+    (first, second) = receiver.created
+    assert first[1:] == (NOTIFICATION, "1.2.9", b"attributes", IMPLICIT)
+    assert second[1:] == (NOTIFICATION, answer.affected_sop_instance_uid, bytes(900_000), IMPLICIT)
+    assert first[0] == second[0] == receiver.associations[0]
+    for wrong, status in (
+        ((create_rq(), data(bytes(1_000_001), 5, 100_000)), 0x0213),
+        ((create_rq(has_data_set=False),), 0x0120),
+        ((create_rq("not a uid"), data(b"x", 5)), 0x0117),
+        ((create_rq(sop_class=CT), data(b"x", 5)), 0x0211),
+    ):
+        peer.send(*wrong)
+        assert (await peer.read()).status == status
+    assert len(receiver.created) == 2
+    receiver.commit_status = 0
+    peer.send(store_rq(), data())
+    assert (await peer.read()).status == 0
+
+
+async def test_availability_notifications(receiver: ScriptedReceiver) -> None:
+    async with serving(receiver) as scp, connected(scp) as peer:
+        await notification(peer, receiver)
 
 
 async def test_answers_keep_to_a_tiny_maximum_length(receiver: ScriptedReceiver) -> None:

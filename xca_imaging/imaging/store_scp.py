@@ -59,6 +59,8 @@ class StoreScp:
         Longest A-ASSOCIATE-RQ and command set that are collected in memory.
     receive_buffer, socket_buffer : int
         Bytes read at a time and SO_RCVBUF, both per association.
+    last_id : int
+        The ids of associations follow it: they differ between receivers that share a node.
     """
 
     # Mutable state: the listener (_server), all connections (_connections), established associations by id
@@ -69,8 +71,8 @@ class StoreScp:
         receiver: Receiver,
         *,
         ae_title: str,
-        host: str,
-        port: int,
+        host: str = "",
+        port: int = 0,
         ssl: ssl_module.SSLContext | None = None,
         calling_ae_titles: frozenset[str] | None = None,
         max_associations: int = 256,
@@ -81,6 +83,7 @@ class StoreScp:
         max_command_length: int = dimse.MAX_COMMAND_LENGTH,
         receive_buffer: int = RECEIVE_BUFFER,
         socket_buffer: int = SOCKET_BUFFER,
+        last_id: int = 0,
     ) -> None:
         self._receiver = receiver
         self._ae_title = ae_title
@@ -99,7 +102,7 @@ class StoreScp:
         self._server: asyncio.Server | None = None
         self._connections: set[StoreConnection] = set()
         self._established: dict[int, StoreConnection] = {}
-        self._last_id = 0
+        self._last_id = last_id
         self._none_left = asyncio.Event()
 
     async def start(self) -> None:
@@ -119,6 +122,16 @@ class StoreScp:
             # Connections inherit it; set before they come, so that the window scale fits (RFC 7323 2.2).
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._socket_buffer)
         await self._server.start_serving()
+
+    async def serve(self, connection: socket.socket) -> None:
+        """Serve a connection that somebody else has accepted."""
+        loop = asyncio.get_running_loop()
+        await loop.connect_accepted_socket(
+            lambda: StoreConnection(self, loop),
+            connection,
+            ssl=self._ssl,
+            ssl_handshake_timeout=self._limits.artim_timeout if self._ssl is not None else None,
+        )
 
     @property
     def sockets(self) -> list[tuple[str, int]]:
@@ -142,9 +155,8 @@ class StoreScp:
 
     async def close(self, drain: float) -> None:
         """Stop listening, let associations end for at most `drain` seconds, abort the rest."""
-        if self._server is None:
-            return
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         for connection in self._connections - set(self._established.values()):
             connection.abort("the node is going down")
         await self._wait_for_none(drain)
@@ -154,8 +166,9 @@ class StoreScp:
         for connection in tuple(self._connections):
             connection.drop_transport()
         await self._wait_for_none(_GRACE)
-        await self._server.wait_closed()
-        self._server = None
+        if self._server is not None:
+            await self._server.wait_closed()
+            self._server = None
 
     async def _wait_for_none(self, seconds: float) -> None:
         if self._connections and seconds > 0:
