@@ -136,6 +136,7 @@ class Dicom(Section):
     port: Port = 11112
     insecure: bool = False
     receivers: Annotated[int, Field(ge=1, le=64)] = 1
+    calling_ae_titles: tuple[AeTitle, ...] = ()
     tls: Tls | None = None
 
 
@@ -497,7 +498,6 @@ def _not_yet(settings: Settings) -> list[ConfigurationError]:
         "policy.rule": bool(settings.policy.rule),
         "policy.consent": bool(settings.policy.consent),
         "audit.syslog": bool(settings.audit.syslog),
-        "dicom.receivers": settings.dicom.receivers != 1,
     }
     for index, community in enumerate(settings.community):
         asked[f"community[{index}].patient_discovery"] = bool(community.patient_discovery)

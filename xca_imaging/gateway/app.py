@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -33,6 +34,7 @@ from xca_imaging.gateway.repositories import NodeRepository, TransferredObjects,
 from xca_imaging.gateway.responding import RespondingGateway
 from xca_imaging.gateway.watching import watching
 from xca_imaging.imaging.profile import load_profile
+from xca_imaging.imaging.receivers import Siblings
 from xca_imaging.imaging.spool import Spool
 from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.imaging.transfer import Transfers
@@ -120,16 +122,7 @@ class Node:
             tls=dicom_client,
             https=https_client,
         )
-        scp = StoreScp(
-            transfers,
-            ae_title=settings.dicom.ae_title,
-            host=settings.dicom.host,
-            port=settings.dicom.port,
-            ssl=dicom_server,
-            max_associations=limits.associations,
-            artim_timeout=limits.artim_timeout,
-            stall_timeout=limits.stall_timeout,
-        )
+        scp = _storage_scp(settings, transfers, spool, dicom_server)
         await _bind(settings, "dicom", settings.dicom.host, settings.dicom.port, scp.start())
         resources.push_async_callback(scp.close, 0.0)
         self.dicom_address = scp.sockets[0]
@@ -340,12 +333,53 @@ def _file_handler(file: Path) -> Handler:
     return schema
 
 
-def _watch(metrics: Metrics, spool: Spool, scp: StoreScp, transfers: Transfers, documents: DocumentActors) -> None:
+def _storage_scp(
+    settings: Settings, transfers: Transfers, spool: Spool, encrypted: ssl.SSLContext | None
+) -> StoreScp | Siblings:
+    """Return what receives: this process, or siblings of it."""
+    dicom, limits = settings.dicom, settings.limits
+    calling_ae_titles = frozenset(dicom.calling_ae_titles) or None
+    if dicom.receivers == 1:
+        return StoreScp(
+            transfers,
+            ae_title=dicom.ae_title,
+            host=dicom.host,
+            port=dicom.port,
+            ssl=encrypted,
+            calling_ae_titles=calling_ae_titles,
+            max_associations=limits.associations,
+            artim_timeout=limits.artim_timeout,
+            stall_timeout=limits.stall_timeout,
+        )
+    config = [str(settings.file.resolve())] if encrypted is not None else []
+    return Siblings(
+        transfers,
+        spool,
+        count=dicom.receivers,
+        program=(sys.executable, "-m", "xca_imaging.gateway.receiving", *config),
+        ae_title=dicom.ae_title,
+        host=dicom.host,
+        port=dicom.port,
+        calling_ae_titles=calling_ae_titles,
+        max_associations=limits.associations,
+        artim_timeout=limits.artim_timeout,
+        stall_timeout=limits.stall_timeout,
+    )
+
+
+def _watch(
+    metrics: Metrics, spool: Spool, scp: StoreScp | Siblings, transfers: Transfers, documents: DocumentActors
+) -> None:
     metrics.watch("documents_unnamed", "Stored contents that no document names", lambda: documents.orphans.unnamed)
     metrics.watch("documents_missing", "Documents whose content is not in the store", lambda: documents.orphans.missing)
     metrics.watch("spool_used_bytes", "Bytes in the spool", lambda: spool.used_bytes)
     metrics.watch("spool_free_bytes", "Room left in the spool", lambda: spool.free_bytes)
     metrics.watch("dicom_associations", "Inbound associations open", lambda: len(scp.associations))
+    metrics.watch(
+        "dicom_receivers",
+        "Processes that receive instances",
+        lambda: len(scp.alive) if isinstance(scp, Siblings) else 1,
+    )
     metrics.watch(
         "dicom_associations_paused",
         "Associations that are not read because their consumer is slow",
