@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydicom.dataset import Dataset
 from pydicom.uid import ExplicitVRLittleEndian
 
 from tests.gateway.doubles import PACS, Archive, Clock, Objects, Registry, profile
-from tests.imaging import studies
+from tests.imaging import studies, test_cfind
 from tests.imaging.test_availability import notification, written
 from xca_imaging.errors import ConnectFailed, ManifestError, PeerTimeout
 from xca_imaging.gateway import watching
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Published, Publisher, new_uid, new_uuid
 from xca_imaging.gateway.watching import Follower, Watch, windows
+from xca_imaging.imaging.backends.cfind import Queries
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.study import StudyContents, StudyFacts
 from xca_imaging.operations.metrics import Metrics
 
@@ -521,3 +525,35 @@ async def test_a_notification_wakes_the_follower(desk: Desk, monkeypatch: pytest
     assert "STUDY" not in desk.archive.queries
     running.cancel()
     await asyncio.wait((running,))
+
+
+# --- On the wire ------------------------------------------------------------------------------------------------------
+
+
+async def test_what_a_pacs_is_asked(tmp_path: Path) -> None:
+    """Closed ranges of one day at study level; no image level query for what has not changed."""
+    study = {"StudyDate": "20260102", "NumberOfStudyRelatedSeries": 1, "NumberOfStudyRelatedInstances": 2}
+    answer = test_cfind.small_pacs(study, {"NumberOfSeriesRelatedInstances": 2}, SOPClassUID=studies.CT_IMAGE)
+
+    def script(identifier: Dataset) -> Sequence[Any]:
+        day = identifier.get("StudyDate") or "20260102"
+        return answer(identifier) if day == "20260102" else []
+
+    desk = Desk(tmp_path)
+    with test_cfind.ScriptedPacs(script) as pacs:
+        settings = PACS.model_copy(update={"host": pacs.host, "port": pacs.port})
+        associations = Associations(settings, calling_ae_title="TEST")
+        desk.follower.publisher = replace(desk.follower.publisher, pacs=settings, finder=Queries(associations))
+        await desk.follower.sweep()
+        days = [str(identifier.StudyDate) for identifier in pacs.asked]
+        assert days == [f"{TODAY + timedelta(days=n):%Y%m%d}" for n in range(-7, 2)]
+        await desk.follower.sweep()
+        assert desk.outcomes == ["registered"]
+        pacs.asked.clear()
+        for _ in range(3):
+            await desk.follower.sweep()
+        assert Counter(str(each.QueryRetrieveLevel) for each in pacs.asked) == {"STUDY": 27, "SERIES": 3}
+        assert desk.outcomes == ["registered"]
+        await associations.close()
+    desk.memory.close()
+    await asyncio.to_thread(test_cfind.ScriptedPacs.stop_listening)
