@@ -45,7 +45,8 @@ class Associations:
     """
 
     # Mutable state: reuses; idle associations, longest idle first, with their proposals and the timer that ends them
-    # (_idle); all that are open, idle ones included (_open); what closes in the background (_closing).
+    # (_idle); all that are open, idle ones included (_open), and how many more are being opened (_opening); what closes
+    # in the background (_closing).
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Associations:
         self._receiver, self._connect_timeout, self._idle_timeout = receiver, connect_timeout, idle_timeout
         self._idle: dict[Association, tuple[tuple[Proposal, ...], asyncio.TimerHandle]] = {}
         self._open: set[Association] = set()
+        self._opening = 0
         self._closing: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
@@ -122,13 +124,22 @@ class Associations:
         return None
 
     async def _connect(self, key: tuple[Proposal, ...], receiver: Receiver | None) -> Association:
-        while self._idle and len(self._open) >= self.pacs.max_associations:
-            association = next(iter(self._idle))
-            self._idle.pop(association)[1].cancel()
-            await self._close(association)
+        self._opening += 1
+        try:
+            while self._idle and len(self._open) + self._opening > self.pacs.max_associations:
+                association = next(iter(self._idle))
+                self._idle.pop(association)[1].cancel()
+                await self._close(association)
+            association = await self._associate(key, receiver)
+        finally:
+            self._opening -= 1
+        self._open.add(association)
+        return association
+
+    async def _associate(self, key: tuple[Proposal, ...], receiver: Receiver | None) -> Association:
         receives = any(each.receives for each in key)
         try:
-            association = await associate(
+            return await associate(
                 self.pacs,
                 calling_ae_title=self._calling_ae_title,
                 proposals=key,
@@ -140,8 +151,6 @@ class Associations:
         except PeerBusy:
             self._drop_idle()
             raise
-        self._open.add(association)
-        return association
 
     def _keep(self, association: Association, key: tuple[Proposal, ...]) -> None:
         timer = asyncio.get_running_loop().call_later(self._idle_timeout, self._drop, association)
