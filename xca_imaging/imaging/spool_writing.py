@@ -25,7 +25,9 @@ from xca_imaging.errors import ArrivalBroken, SpoolFull
 from xca_imaging.imaging.file_meta import encode_file_meta
 
 if TYPE_CHECKING:
-    from xca_imaging.imaging.spool import Spool, SpooledInstance
+    from xca_imaging.imaging.spool import Spool
+    from xca_imaging.imaging.spooled import SpooledInstance
+
 
 class Digest(Protocol):
     """A hash of `hashlib`."""
