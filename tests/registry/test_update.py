@@ -28,6 +28,7 @@ from xca_imaging.metadata.stored_query import GetAll, StoredQuery
 from xca_imaging.metadata.vocabulary import Vocabulary
 from xca_imaging.registry import Registry
 from xca_imaging.registry.administration import Administration
+from xca_imaging.registry.database import Database
 from xca_imaging.registry.events import Requester
 
 ADMINISTRATOR = Requester("administrator", "urn:uuid:2")
@@ -410,6 +411,14 @@ def test_associations_that_are_refused(
     assert refused(registry, administration, submit_of(association(type_, source, target))) == codes
 
 
+def test_an_answer_names_a_bounded_number_of_problems(registry: Registry, administration: Administration) -> None:
+    changes = [status_of(UNKNOWN[:-4] + f"{number:04x}", uids.APPROVED, uids.DEPRECATED) for number in range(300)]
+    request = replace(changes[0], associations=tuple(each for change in changes for each in change.associations))
+    assert refused(registry, administration, request) == ["UnresolvedReferenceException"] * 100
+    alone = [association(uids.RPLC, UNKNOWN, UNKNOWN) for _ in range(300)]
+    assert len(refused(registry, administration, submission(associations=alone))) == 100
+
+
 def test_an_association_that_nothing_submits(registry: Registry, administration: Administration) -> None:
     entry, kept = registered(registry, document(), folder())
     alone = submission(associations=[association(uids.HAS_MEMBER, kept.entry_uuid, entry.entry_uuid)])
@@ -489,6 +498,16 @@ def test_an_on_demand_entry_with_the_unique_id_of_a_stable_one(
     with pytest.raises(errors.SubmissionRefused) as raised:
         registry.register(submission(document(unique_id=entry.unique_id)))
     assert [each.code for each in raised.value.errors] == ["XDSDuplicateUniqueIdInRegistry"]
+
+
+def test_a_busy_database_is_told_at_once(registry: Registry, administration: Administration, url: str) -> None:
+    (first,) = registered(registry, document())
+    impatient = Database(url, busy_timeout=0.05)
+    waiting = Administration(Registry(impatient, registry.policy, now=registry.now))
+    with registry.database.writing(), pytest.raises(errors.RegistryBusy):
+        waiting.update(status_of(first.entry_uuid, uids.APPROVED, uids.DEPRECATED), ADMINISTRATOR)
+    impatient.close()
+    assert read_events(registry) == []
 
 
 def test_updates_leave_events(registry: Registry, administration: Administration) -> None:

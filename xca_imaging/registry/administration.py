@@ -19,7 +19,7 @@ from typing import cast
 
 from sqlalchemy import select
 
-from xca_imaging.errors import RegistryError, SubmissionRefused
+from xca_imaging.errors import RegistryError, Retry, SubmissionRefused
 from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import DocumentEntry, Submission
 from xca_imaging.registry import events, patients, remove, update
@@ -202,9 +202,10 @@ class Administration:
         try:
             yield
         except (SubmissionRefused, RegistryError) as problem:
-            codes = problem.errors if isinstance(problem, SubmissionRefused) else (problem,)
-            reason = " ".join(dict.fromkeys(each.code for each in codes))
-            self._record_refusal(transaction, action, requester, patient_id, objects, reason)
+            if problem.retry is Retry.NEVER:  # else the database is busy, full or away: it takes no event either
+                codes = problem.errors if isinstance(problem, SubmissionRefused) else (problem,)
+                reason = " ".join(dict.fromkeys(each.code for each in codes))
+                self._record_refusal(transaction, action, requester, patient_id, objects, reason)
             raise
 
     def _record_refusal(
@@ -230,7 +231,7 @@ class Administration:
                     reason=reason,
                 )
         except RegistryError as exc:
-            # A busy or full database is itself the reason of many refusals: the answer is not to be lost over it.
+            # The reason for the refusal is not to be lost over it.
             log.warning("the event of a refused %s could not be kept: %s", transaction, exc)
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from itertools import islice
 from typing import Any, cast
 
 from sqlalchemy import Connection, or_, select
@@ -45,6 +46,7 @@ from xca_imaging.registry.tables import STATUS_OF_URN, AssociationRow, Kind, Obj
 from xca_imaging.wire import xml
 
 _URN_OF_STATUS = {status: urn for urn, status in STATUS_OF_URN.items()}
+_MAX_ERRORS = 100  # more are not told: nobody reads them, and a small message must not make a large answer
 _EMPTY_HASH = "da39a3ee5e6b4b0d3255bfef95601890afd80709"  # SHA-1 of nothing: a document still to be assembled (3.43)
 
 
@@ -96,7 +98,7 @@ def read_operations(submission: Submission, vocabulary: Vocabulary = ANY) -> Ope
     """
     problems = _message_problems(submission, vocabulary)
     if len(submission.submission_sets) != 1:
-        raise SubmissionRefused(problems)
+        raise SubmissionRefused(problems[:_MAX_ERRORS])
     submission_set = submission.submission_sets[0]
     objects = {item.entry_uuid: item for item in versioned_objects(submission)}
     submitted = {each.entry_uuid: each for each in submission.associations}
@@ -136,7 +138,7 @@ def read_operations(submission: Submission, vocabulary: Vocabulary = ANY) -> Ope
     for status in statuses:
         problems += _status_problems(status)
     if problems:
-        raise SubmissionRefused(problems)
+        raise SubmissionRefused(problems[:_MAX_ERRORS])
     return Operations(submission_set, tuple(versions.values()), tuple(statuses), tuple(associations.values()))
 
 
@@ -203,7 +205,7 @@ def apply(connection: Connection, operations: Operations, policy: Policy, now: d
         *rules.check(
             Submission(submission_sets=submission.submission_sets), _rules_state(connection, submission), policy
         ),
-        *_check(operations, state),
+        *islice(_check(operations, state), _MAX_ERRORS),
     ]
     if problems:
         raise SubmissionRefused(problems)
