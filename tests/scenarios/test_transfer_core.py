@@ -257,6 +257,41 @@ def test_every_seventh_is_dropped_and_only_those_are_asked_again(tmp_path: Path)
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# Restarts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_node_killed_in_mid_transfer_does_not_fetch_again_what_it_held(tmp_path: Path) -> None:
+    archive = Archive()
+    wants = archive.add_series(12)
+    with ExitStack() as resources:
+        node, running = node_before(tmp_path, resources, {"pacs": {"archive": archive, "latency": 0.1}})
+        pacs = running["pacs"]
+        with ThreadPoolExecutor(1) as client:
+            broken = client.submit(ask, node, wants, location(0))
+            peers.wait_until(lambda: len(pacs.sent) >= 6, DEADLINE, "half of the series is sent", pause=0.005)
+            node.process.kill()
+            node.process.wait()
+            assert broken.exception(DEADLINE) is not None, "an answer came from a node that was killed"
+        settle(pacs)
+        before = [uid for uid, status in pacs.sent if status == 0]
+        node.start()
+        answer = ask(node, wants, location(0))
+        settle(pacs)
+        assert answer.registry_status == soap_client.SUCCESS, answer.errors
+        for uid, document in answer.documents.items():
+            assert pydicom.dcmread(BytesIO(document.content)) == archive_of(archive, uid)
+        again = [uid for uid, _ in pacs.sent[len(before) :]]
+        # The last one may have been answered, and its place not yet been noted.
+        assert set(again) & set(before[:-1]) == set()
+        assert len(again) <= 13 - len(before)
+
+
+def archive_of(archive: Archive, uid: str) -> pydicom.Dataset:
+    return next(series[uid] for series in archive.series.values() if uid in series)
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # Transcoding
 # --------------------------------------------------------------------------------------------------------------------
 
