@@ -11,7 +11,7 @@ from xca_imaging.imaging.decisions import Priority
 
 MAKESPAN = 1.1
 JAIN = 0.95
-WAIT = 1.5
+WAIT = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class Figures:
         Jain's index of what communities got, while others waited at the same PACS, over what their weights say: 1 is
         fair, 1/n is all for one.
     longest_wait : float
-        Of a transfer that is no prefetch, over the time that its community's guaranteed share of the PACS needs for
-        what it had asked until then: above 1 others took of its share.
+        Of a transfer that is no prefetch, over the time in which its community's share of the PACS alone would have
+        served it (and what moves that are not broken off may add): above 1 others took of its share.
     rejected, over_budget : int
         Associations that PACSs rejected, and moves that were started although none was left.
     """

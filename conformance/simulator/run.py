@@ -22,7 +22,7 @@ _ROOM = 10**15
 
 @dataclass(slots=True)
 class Standing:
-    """How a transfer stands. `promise` is the time that its community's share of the PACS needs up to its end."""
+    """How a transfer stands. `promise`: seconds after which its community's share of the PACS alone has served it."""
 
     transfer: Transfer
     left: int
@@ -43,7 +43,7 @@ class Tally:
     queries: int = 0
     rejected: int = 0
     over_budget: int = 0
-    waiting: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # work asked and not served
+    due: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # when the share has served all asked
     queued: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # routine instances that no move carries
     served: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # while others waited too
     fair: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # what the weights say of that
@@ -94,12 +94,12 @@ class Simulation:
         return self._scheduler.waiting + self._scheduler.active_moves
 
     def allowance(self, pacs: str) -> float:
-        """Return what any transfer may wait beside its share: moves that run are not broken off, and one may stall.
+        """Return what a transfer may wait beside what its share promises.
 
-        That is the longest series on one association, the others being as busy, and the stall time-out.
+        Moves are not broken off: one of 20 s for each community may go before (the delay bound of start-time fair
+        queueing), a turn of another transfer syntax list takes as long, and one of them may stall.
         """
-        model = self.models[pacs]
-        return 120 * max(model.latency, 512 * 1024 * model.budget.associations / model.bandwidth) + self.stall_timeout
+        return 20.0 * len(COMMUNITIES) / self.models[pacs].budget.associations + 20.0 + self.stall_timeout
 
     def _at(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._agenda, (self.now + delay, next(self._numbers), action))
@@ -126,9 +126,10 @@ class Simulation:
             if transfer.priority is d.Priority.ROUTINE and uid not in self._community_of:
                 self._community_of[uid] = name
                 tally.queued[name] += 1
-        tally.waiting[name] += sum(model.work(uid) for uid in wants)
         share = transfer.community.weight / sum(each.weight for each in COMMUNITIES)
-        self.standings[transfer.number] = Standing(transfer, len(wants), tally.waiting[name] / share)
+        work = sum(model.work(uid) for uid in wants)
+        tally.due[name] = max(self.now, tally.due[name]) + work / share
+        self.standings[transfer.number] = Standing(transfer, len(wants), tally.due[name] - self.now)
         self._step(
             d.Asked(
                 transfer.number,
@@ -146,11 +147,6 @@ class Simulation:
     def _leave(self, transfer: Transfer) -> None:
         standing = self.standings[transfer.number]
         if standing.left:
-            self.tallies[transfer.pacs].waiting[transfer.community.name] -= sum(
-                self.models[transfer.pacs].work(want.sop_instance_uid)
-                for fetch in transfer.fetches
-                for want in fetch.wants
-            ) * (standing.left / (standing.left + standing.held + standing.failed))
             standing.left = 0
             for want in (want for fetch in transfer.fetches for want in fetch.wants):
                 self._forget(self.tallies[transfer.pacs], want.sop_instance_uid)
@@ -164,9 +160,7 @@ class Simulation:
         standing.left -= 1
         standing.held += is_held
         standing.failed += not is_held
-        tally = self.tallies[transfer.pacs]
-        self._forget(tally, uid)
-        tally.waiting[transfer.community.name] -= self.models[transfer.pacs].work(uid)
+        self._forget(self.tallies[transfer.pacs], uid)
         if standing.left == 0:
             standing.ended = self.now
             self._step(d.Withdrawn(request))

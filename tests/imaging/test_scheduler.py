@@ -748,6 +748,42 @@ def test_methods_that_negotiate_for_themselves_run_beside_each_other() -> None:
     assert of(d.AcceptStore, b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT)))
 
 
+def test_no_instance_is_asked_for_in_two_syntaxes_at_once_whatever_the_methods() -> None:
+    b = Bench(limit=4, methods=WAYS[:2])
+    (move,) = of(d.StartMove, b.ask(1, series(1, 1)))
+    (other,) = of(d.StartMove, b.step(d.MoveFinished(move.move, error=REFUSED)))
+    assert other.method == "c-get"
+    assert of(d.StartMove, b.ask(2, series(1, 1), accept=(JPEG, EXPLICIT))) == []
+    assert len(of(d.StartMove, b.deliver(other))) == 1
+
+
+def test_what_was_withdrawn_from_a_stalled_move_is_not_asked_of_the_next_method() -> None:
+    b = Bench(limit=2, methods=WAYS[:2])
+    (move,) = of(d.StartMove, b.ask(1, series(1, 2)))
+    b.ask(2, series(1, 1))
+    b.step(d.Withdrawn(1))
+    (other,) = of(d.StartMove, b.sleep(60.0))
+    assert other.instances == ("1.4.1.1",)
+    b.step(d.MoveFinished(move.move, 0xFE00))
+    b.deliver(other)
+    assert b.scheduler.waiting == 0
+
+
+def test_a_retry_that_waits_is_not_started_twice_when_its_method_is_given_up_meanwhile() -> None:
+    b = Bench(limit=10, methods=WAYS[:2], backoff=5.0)
+    (listed,) = of(d.StartMove, b.ask(1, series(1, 4, whole=False, proved=True)))
+    b.step(d.MoveFinished(listed.move, error=REFUSED))  # one by one, after a pause
+    first, second, *_ = of(d.StartMove, b.sleep(10.0))
+    b.step(d.MoveFinished(first.move, None))  # waits for another chance
+    b.sleep(1.0)
+    moves = of(d.StartMove, b.step(d.MoveFinished(second.move, error=REFUSED)))
+    moved = [uid for move in moves for uid in move.instances]
+    for _ in range(10):
+        moved += [uid for move in of(d.StartMove, b.sleep(2.0)) for uid in move.instances]
+    assert sorted(moved) == ["1.4.1.1", "1.4.1.2"]
+    assert {move.method for move in moves} == {"c-get"}
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # What a PACS, a spool and a clock allow
 # --------------------------------------------------------------------------------------------------------------------
@@ -1111,6 +1147,12 @@ class Simulation:
 def test_every_want_ends_and_no_limit_is_passed(
     seed: int, limits: dict[str, int], requests: list[tuple[float, list[Any], tuple[str, ...], float | None, bool]]
 ) -> None:
+    run_load(seed, limits, requests)
+
+
+def run_load(
+    seed: int, limits: dict[str, int], requests: list[tuple[float, list[Any], tuple[str, ...], float | None, bool]]
+) -> None:
     simulation = Simulation(seed, limits)
     withdrawn = set()
     for request, (start, items, accept, leaves, queries) in enumerate(requests, 1):
@@ -1131,6 +1173,23 @@ def test_every_want_ends_and_no_limit_is_passed(
     assert not simulation.running
     for request, ledger in simulation.ledgers.items():
         assert ledger.complete or request in withdrawn
+
+
+def test_random_loads() -> None:
+    """More of the same as above, larger and by seed: what broke once is among them."""
+    for seed in range(500, 700):
+        chance = random.Random(seed)
+        limits = {"main": chance.randint(1, 4), "other": chance.randint(1, 3)}
+        requests = []
+        for _ in range(chance.randint(3, 10)):
+            items: dict[tuple[int, str], Any] = {}
+            for _ in range(chance.randint(1, 4)):
+                number, pacs = chance.randint(1, 6), chance.choice(["main", "other"])
+                items[number, pacs] = (number, chance.randint(1, 6), chance.random() < 0.5, pacs)
+            accept = chance.choice([(EXPLICIT,), (JPEG, EXPLICIT)])
+            start, leaves = chance.choice([0.0, chance.uniform(0, 20)]), chance.choice([None, chance.uniform(0, 20)])
+            requests.append((start, list(items.values()), accept, leaves, chance.random() < 0.5))
+        run_load(seed, limits, requests)
 
 
 def test_no_step_looks_at_everything_that_waits() -> None:

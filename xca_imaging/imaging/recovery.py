@@ -79,10 +79,12 @@ class Recovery:
             return
         pacs = move.pacs
         error = _as_registry_error(PeerTimeout(pacs.name, f"no wanted byte came for {self._stall_timeout:g} s"))
-        stalled = tuple(move.fetches)
         is_silent = pacs.last_heard <= move.last_progress
-        for fetch in stalled:
-            del move.fetches[fetch]
+        for fetch in tuple(move.fetches):
+            if not fetch.waiters:
+                self._waitlist.close(fetch)
+        stalled = tuple(move.fetches)
+        move.fetches.clear()
         self.cancel(move, error.context)
         if stalled and is_silent:
             move.breaker.trip(now, error)
@@ -339,13 +341,16 @@ class Recovery:
         else:
             self._waitlist.enqueue(fetches, now, is_whole=is_whole)
 
-    def give_up_waiting(self, pacs: Pacs, now: float) -> None:
-        """Fail what waits for a PACS of which no method is used any more."""
+    def give_up_waiting(self, pacs: Pacs, now: float) -> bool:
+        """Fail what waits for a PACS of which no method is used any more; return whether there was any."""
         if not any(pacs.why_closed(way, now) for way in range(len(pacs.methods))):
-            return
+            return False
+        given_up = False
         for fetch in tuple(pacs.waiting()):
             if why := pacs.why_closed(fetch.way, now):
                 self._waitlist.fail(fetch, RepositoryBusy(f"{pacs.name}: {why}"))
+                given_up = True
+        return given_up
 
     def _spread(self, pause: float) -> float:
         return min(self._max_backoff, pause) * self._random.uniform(0.5, 1.5)

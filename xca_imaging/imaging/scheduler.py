@@ -363,7 +363,8 @@ class Scheduler:
                 return
             batch = pacs.queue.next(now, lambda batch: self._fits(pacs, batch, now))
             if batch is None:
-                self._recovery.give_up_waiting(pacs, now)
+                if self._recovery.give_up_waiting(pacs, now):
+                    continue  # it may have stood before others
                 return
             self._start_move(pacs, batch, now)
 
@@ -397,11 +398,9 @@ class Scheduler:
         if way is None:
             return Fit.SKIP
         others = [move for move in pacs.moves if move.accept != request.accept]
-        if pacs.methods[way] != "c-move":
-            # The method negotiates for itself, but two of one study could not be told apart when they arrive.
-            return Fit.SKIP if any(head.study == f.study for move in others for f in move.fetches) else Fit.YES
-        if not any(move.method == "c-move" for move in others):
-            return Fit.YES
+        if pacs.methods[way] != "c-move" or not any(move.method == "c-move" for move in others):
+            # The same instance in two transfer syntaxes could not be told apart when it arrives.
+            return Fit.SKIP if any(move.study == head.study for move in others) else Fit.YES
         if pacs.blocked_since is None:
             pacs.blocked_since = now
         is_due = request.priority is Priority.EMERGENCY or now - pacs.blocked_since >= self._patience
@@ -430,7 +429,7 @@ class Scheduler:
             fetches = batch.take(count)
         number = next(self._waitlist.numbers)
         accept = request.accept
-        move = Move(number, pacs, way, level, accept, dict.fromkeys(fetches), len(fetches), now, now)
+        move = Move(number, pacs, way, level, head.study, accept, dict.fromkeys(fetches), len(fetches), now, now)
         pacs.moves[move] = None
         self._waitlist.moves[number] = move
         move.breaker.start(number)

@@ -179,13 +179,13 @@ class Waitlist:
             self.fail(fetch, not_there(wants[0]))
 
     def enqueue(self, fetches: Iterable[Fetch], now: float, *, is_whole: bool = False) -> None:
-        """Queue fetches of paused instances for each request that waits for them, by series.
+        """Queue paused fetches for each request that waits for them, by series.
 
-        `is_whole`: they are whole series.
+        `is_whole`: they are whole series. What is not paused any more was queued in another way, or is over.
         """
         batches: dict[tuple[Request, str, str], deque[Fetch]] = {}
         for fetch in fetches:
-            if fetch.is_open:
+            if fetch.stage is Stage.PAUSED:
                 fetch.pacs.paused.pop(fetch, None)
                 fetch.enter(Stage.QUEUED)
                 for request in fetch.waiters:

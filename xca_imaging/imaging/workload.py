@@ -160,6 +160,7 @@ class Move:
     pacs: Pacs
     way: int  # index of its method among the PACS's
     level: Level
+    study: str
     accept: Accept
     fetches: dict[Fetch, None]  # those that it still is to bring
     listed: int
