@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import date
@@ -16,9 +17,9 @@ import requests
 from pydicom.dataset import Dataset
 from pynetdicom import AE
 
-from tests.scenarios.holding import manifest, manifest_instances
-from tests.support import images, peers, rejection
-from tests.support.node import Node, environment, pacs_section
+from tests.scenarios.holding import UNIQUE_ID, entries_of, identifier, manifest, manifest_instances
+from tests.support import images, peers, rejection, reports, soap_client
+from tests.support.node import REPOSITORY, Node, environment, pacs_section
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(240)]
 
@@ -49,20 +50,21 @@ class Scene:
     def upload(self, study: images.Study) -> None:
         self.pacs.upload(study.paths)
 
-    def entries(self, study: images.Study) -> list[dict[str, Any]]:
-        """Return the approved documents of the patient."""
-        return [each for each in self.node.query(study.cx) if each["status"].endswith("Approved")]
+    def entries(self, study: images.Study, *status: str) -> dict[str, str]:
+        """Return the documents of the patient, approved if nothing else is said: MIME type by unique id."""
+        found = entries_of(self.node, study.cx, status=status or (soap_client.APPROVED,))
+        return {identifier(each, UNIQUE_ID): each.get("mimeType") for each in found}
 
     def listed(self, study: images.Study) -> set[str] | None:
         """Return the instances that the one approved manifest names; None where there is none."""
-        found = self.entries(study)
+        found = [uid for uid, mime_type in self.entries(study).items() if mime_type == "application/dicom"]
         assert len(found) <= 1, found
         if not found:
             return None
-        return {uid for _, _, uid in manifest_instances(manifest(self.node, found[0]["unique_id"])[1])}
+        return {uid for _, _, uid in manifest_instances(manifest(self.node, found[0])[1])}
 
     def wait(self, study: images.Study, expected: set[str] | None) -> None:
-        peers.wait_until(lambda: self.listed(study) == expected, SOON, f"manifest of {expected}", 0.5)
+        peers.wait_until(lambda: self.listed(study) == expected, SOON, f"manifest of {expected}", 0.2)
 
     def metric(self, name: str) -> float:
         """Return a metric of the node, summed over its labels."""
@@ -75,6 +77,12 @@ def scene(folder: Path, **publish: Any) -> Iterator[Scene]:
     made = Scene(folder, **publish)
     with made.pacs, made.node:
         yield made
+
+
+def document(node: Node, unique_id: str) -> bytes:
+    """Return a document of the node's repository, by ITI-43."""
+    answer = soap_client.send(node, soap_client.ITI43, soap_client.retrieve_documents([(REPOSITORY, unique_id)]))
+    return answer.documents[unique_id].content
 
 
 def reject(study: images.Study, *uids: str, code: str = "113001") -> Dataset:
@@ -137,7 +145,7 @@ def test_a_study_through_its_life(tmp_path: Path) -> None:
         at.pacs.delete(study.uid)
         at.wait(study, None)
         assert at.metric('xca_imaging_published_total{outcome="withdrawn"') == 1
-        assert at.node.query(study.cx) == []
+        assert len(at.entries(study, soap_client.DEPRECATED)) == 5
 
 
 def test_a_restart_and_a_crash_register_nothing_again(tmp_path: Path) -> None:
@@ -152,14 +160,13 @@ def test_a_restart_and_a_crash_register_nothing_again(tmp_path: Path) -> None:
         at.node.start()
         for study in studies:
             at.wait(study, study.uids)
-        first = {study.uid: at.entries(study)[0]["unique_id"] for study in studies}
+        first = [at.entries(study) for study in studies]
         assert at.node.terminate() == 0
         at.node.start()
         sweeps = 'xca_imaging_sweeps_total{outcome="done"'
         peers.wait_until(lambda: at.metric(sweeps) >= 4, SOON, "sweeps", 0.2)
         assert at.metric("xca_imaging_published_total") == 0
-        assert {study.uid: at.entries(study)[0]["unique_id"] for study in studies} == first
-        assert all(len(at.node.query(study.cx)) == 1 for study in studies)
+        assert [at.entries(study, soap_client.APPROVED, soap_client.DEPRECATED) for study in studies] == first
 
 
 def test_a_dead_pacs_is_waited_for(tmp_path: Path) -> None:
@@ -254,6 +261,32 @@ def test_by_hand_and_drift(tmp_path: Path) -> None:
         done = at.node.run("drift", "--json")
         assert done.returncode == 1
         assert "given up" in json.loads(done.stdout)["not_compared"][0]["reason"]
+
+
+def test_reports_are_registered_beside_the_manifest(tmp_path: Path) -> None:
+    with scene(tmp_path, watch=True, reports=True) as at:
+        study = at.study("first", 1)
+        at.upload(study)
+        pdf = reports.encapsulated(reports.PDF, study.uid, images.new_uid(), images.new_uid())
+        pdf.PatientID, pdf.StudyDate, pdf.StudyTime = study.patient_id, f"{date.today():%Y%m%d}", "080000"
+        at.pacs.upload([rejection.write(pdf, tmp_path / "report")])
+
+        def types() -> list[str]:
+            return sorted(at.entries(study).values())
+
+        both = ["application/dicom", "application/pdf"]
+        peers.wait_until(lambda: types() == both, SOON, "manifest and report", 0.2)
+        (report,) = [uid for uid, mime_type in at.entries(study).items() if mime_type == "application/pdf"]
+        assert document(at.node, report) == reports.PDF
+        at.pacs.upload([rejection.write(reject(study, pdf.SOPInstanceUID), tmp_path / "note")])
+        peers.wait_until(lambda: types() == ["application/dicom"], SOON, "the report withdrawn", 0.2)
+        assert at.listed(study) == study.uids
+
+
+def test_a_silent_pacs_does_not_hold_up_the_end(tmp_path: Path) -> None:
+    with scene(tmp_path, watch=True) as at, peers.paused(at.pacs.daemon):
+        time.sleep(3.0)  # a sweep asks, and nobody answers
+        assert at.node.terminate(20.0) == 0
 
 
 def test_publish_watch_as_a_command(tmp_path: Path) -> None:
