@@ -322,6 +322,9 @@ def _open_spool(settings: Settings) -> Spool:
     except SpoolInUse as exc:
         hint = "each node needs a data_dir of its own; stop the one that has it, or choose another"
         raise ConfigurationError(str(settings.file), "node.data_dir", str(exc), hint) from exc
+    except OSError as exc:
+        problem = f"the spool cannot be opened: {exc.strerror or exc}"
+        raise ConfigurationError(str(settings.file), "node.data_dir", problem, "make room, or choose another") from exc
 
 
 def _file_handler(file: Path) -> Handler:
@@ -374,6 +377,8 @@ def _watch(
     metrics.watch("documents_missing", "Documents whose content is not in the store", lambda: documents.orphans.missing)
     metrics.watch("spool_used_bytes", "Bytes in the spool", lambda: spool.used_bytes)
     metrics.watch("spool_free_bytes", "Room left in the spool", lambda: spool.free_bytes)
+    metrics.watch("spool_is_high", "1 while held bytes are over the high-water mark", lambda: spool.is_high)
+    metrics.watch("moves_started", "Moves asked of PACSs since the start", lambda: transfers.moves_started)
     metrics.watch("dicom_associations", "Inbound associations open", lambda: len(scp.associations))
     metrics.watch(
         "dicom_receivers",

@@ -121,8 +121,8 @@ class ImagingDocumentSource:
         log.info(
             "retrieval %s for %s: %d of %d instances, %d bytes in %.3f s; %d from the spool, %d asked for again, "
             "%d transcoded, %d failed%s, %d given up",
-            xml.printable(context.message_id, 200),
-            xml.printable(context.caller.name, 100),
+            _one_line(context.message_id),
+            _one_line(context.caller.name),
             summary.held,
             summary.wanted,
             summary.size,
@@ -139,6 +139,11 @@ class ImagingDocumentSource:
         images = await self.images(request, context)
         # RAD-69: the location of an error is the document that it is about.
         return answer_with(images, rad69.encode_response, lambda asked, error: error.at(asked.document_unique_id))
+
+
+def _one_line(text: str) -> str:
+    """Return what a peer wrote as it may stand in a line of log."""
+    return " ".join(xml.printable(text, 200).split())
 
 
 def _remark(entry: Entry) -> RegistryError:

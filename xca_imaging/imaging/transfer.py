@@ -103,6 +103,8 @@ class Transfers:
         What the spool has, and what transcodes it.
     backpressure : Backpressure
         What stands still for slow consumers; from `start` on.
+    moves_started : int
+        Asked of PACSs so far, by whatever method.
     """
 
     # Mutable state: the scheduler; requests that are open, and by number; stores, moves and queries (their slot) by
@@ -127,6 +129,7 @@ class Transfers:
         self.listener: tuple[str, int] = ("127.0.0.1", 11112)
         self.receiving: Receiving | None = None
         self.on_availability: Callable[[str | None, bytes, str], int] | None = None
+        self.moves_started = 0
         self._settings = {each.name: each for each in pacs}
         self._routes = {each.retrieve_location_uid: each.name for each in pacs}
         self._ae_title, self._spool, self._tls, self._https = ae_title, spool, tls, https
@@ -510,6 +513,7 @@ class Transfers:
                 said = self._loop.time()
                 self._step(d.MoveResponded(move))
 
+        self.moves_started += 1
         task = self._moves[move] = self._loop.create_task(backend.move(job, on_response))
         task.add_done_callback(lambda task: self._finish_move(move, backend, task))
 
