@@ -78,6 +78,7 @@ def test_messages_of_another_library(event):
         f"test-1^^^WEST&{AUTHORITY}&ISO^PI^WEST",  # identifier type and facility
         f"test-1^^^&{AUTHORITY}",  # the type of the OID left out
         f"test-1^^^&{AUTHORITY}&ISO~test-1^^^&{AUTHORITY}&ISO",
+        f"{'9' * 300}^^^&{AUTHORITY}&ISO~a\x00b^^^&{AUTHORITY}&ISO~test-1^^^&{AUTHORITY}&ISO",
         f"test-1^7^M11^&{AUTHORITY}&ISO~4711^^^&0DAA5CA2-4D3F&GUID",
     ],
 )
@@ -87,6 +88,12 @@ def test_identifiers_as_they_come(identifiers):
 
 def test_delimiters_within_an_identifier_stay_escaped():
     assert read(ADMIT.replace("test-1", "a\\T\\b\\S\\c")).feed == Added((f"a\\T\\b\\S\\c^^^&{AUTHORITY}&ISO",))
+
+
+@pytest.mark.parametrize("escape", ["\\Zsecret\\", "\\", "\\\\", "\\Xsecret\\"])
+def test_wrong_escapes_are_not_told_in_the_log(escape, caplog):
+    read(ADMIT.replace("test-1", f"a{escape}b~test-1"))
+    assert caplog.records == []
 
 
 def test_other_delimiters():

@@ -172,11 +172,11 @@ class IdentityFeed:
         except RegistryError as exc:  # the database: busy, full or away
             problem = iti8.NotAccepted("AR", 207, str(exc))
         except Exception:
-            log.exception("identity feed: message %s of %s failed by a defect", header.message_id, peer)
+            log.exception("identity feed: message %r of %s failed by a defect", header.message_id, peer)
             problem = iti8.NotAccepted("AR", 207, "a defect of this system, see its log")
         if problem is not None:
             # The reason may name patient ids: it goes to the sender and into the event, not into the log.
-            log.warning("identity feed: message %s of %s: %s", header.message_id, peer, problem.code)
+            log.warning("identity feed: message %r of %s: %s", header.message_id, peer, problem.code)
         self._count("refused" if problem else "answered")
         control_id = uuid.uuid4().hex[:20]
         return iti8.encode_acknowledgement(

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from xca_imaging.errors import XcaImagingError
+from xca_imaging.metadata import datatypes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,11 @@ def escape(text: str) -> str:
 def patient_id_of(number: str, authority: str) -> str:
     """Return the CX of an identifier as XDS restricts it (ITI TF-3, 4.2.3.1.7)."""
     return f"{escape(number)}^^^&{authority}&ISO"
+
+
+def is_usable(patient_id: str, *, max_length: int = 256) -> bool:
+    """Whether a registry can know a patient by an id: one that a submission can name, without control characters."""
+    return len(patient_id) <= max_length and patient_id.isprintable() and datatypes.is_cx(patient_id)
 
 
 def identifier_of(patient_id: str) -> tuple[str, str]:

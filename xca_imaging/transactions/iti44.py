@@ -19,7 +19,6 @@ from lxml import etree
 
 from xca_imaging import uids
 from xca_imaging.errors import MalformedMessage
-from xca_imaging.metadata import datatypes
 from xca_imaging.transactions.identity_feed import (
     Added,
     Feed,
@@ -27,6 +26,7 @@ from xca_imaging.transactions.identity_feed import (
     Merged,
     Revised,
     identifier_of,
+    is_usable,
     patient_id_of,
 )
 from xca_imaging.transactions.table import ITI44_ADD, ITI44_MERGE, ITI44_REVISE, Transaction
@@ -114,8 +114,9 @@ def _identifiers(elements: Iterable[etree._Element], where: str) -> tuple[str, .
     for element in elements:
         for item in element.iterchildren(_name("id")):
             root, number = item.get("root", "").strip(), item.get("extension", "").strip()
-            if datatypes.is_oid(root) and number:
-                found[patient_id_of(number, root)] = None
+            patient_id = patient_id_of(number, root)
+            if is_usable(patient_id):
+                found[patient_id] = None
             if len(found) > _MAX_IDS:
                 raise MalformedMessage(f"more than {_MAX_IDS} identifiers")
     if not found:

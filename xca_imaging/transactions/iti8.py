@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import hl7
 
 from xca_imaging.errors import MalformedMessage
-from xca_imaging.metadata import datatypes
 from xca_imaging.transactions.identity_feed import (
     Added,
     Feed,
@@ -26,6 +25,7 @@ from xca_imaging.transactions.identity_feed import (
     FeedRefused,
     Merged,
     Revised,
+    is_usable,
     patient_id_of,
 )
 
@@ -156,15 +156,10 @@ def decode_message(header: Header, data: bytes) -> FeedMessage:
     if header.event not in EVENTS:
         raise NotAccepted("AR", 201, f"event {header.event[:20]} is none of {', '.join(EVENTS)}", "MSH^1^9")
     message = _parse(_text(header, data))
-    patients = _count(message, "PID")
-    if patients != 1:
-        raise NotAccepted("AE", 100, f"{patients} PID segments instead of one", "PID")
-    patient_ids = _identifiers(message, "PID", 3)
+    patient_ids = _identifiers(_only(message, "PID"), 3, header.delimiters)
     feed: Feed
     if header.event == "A40":
-        if _count(message, "MRG") != 1:
-            raise NotAccepted("AE", 100, f"{_count(message, 'MRG')} MRG segments instead of one", "MRG")
-        feed = Merged(patient_ids, _identifiers(message, "MRG", 1))
+        feed = Merged(patient_ids, _identifiers(_only(message, "MRG"), 1, header.delimiters))
     else:
         feed = Revised(patient_ids) if header.event == "A08" else Added(patient_ids)
     return FeedMessage(header.message_id, feed)
@@ -194,32 +189,52 @@ def _parse(text: str) -> hl7.Message:
     return message
 
 
-def _count(message: hl7.Message, name: str) -> int:
-    return sum(1 for segment in message if str(segment[0]) == name)
+def _only(message: hl7.Message, name: str) -> hl7.Segment:
+    """Return the segment of that name; a feed tells of one patient at a time."""
+    found = [segment for segment in message if str(segment[0]) == name]
+    if len(found) != 1:
+        raise NotAccepted("AE", 100, f"{len(found)} {name} segments instead of one", name)
+    return found[0]
 
 
-def _identifiers(message: hl7.Message, name: str, number: int) -> tuple[str, ...]:
-    segment = message.segments(name)[0]
-    repetitions = len(segment[number]) if len(segment) > number else 0
-    if repetitions > _MAX_IDS:
+def _identifiers(segment: hl7.Segment, number: int, delimiters: str) -> tuple[str, ...]:
+    name = str(segment[0])
+    repetitions = list(segment[number]) if len(segment) > number else []
+    if len(repetitions) > _MAX_IDS:
         raise NotAccepted("AE", 102, f"more than {_MAX_IDS} identifiers", f"{name}^1^{number}")
     found: dict[str, None] = {}
-    for repetition in range(1, repetitions + 1):
-
-        def part(component: int, subcomponent: int, repetition: int = repetition) -> str:
-            try:
-                return str(message.extract_field(name, 1, number, repetition, component, subcomponent)).strip()
-            except (IndexError, KeyError):  # the field ends before
-                return ""
-
-        identifier, authority = part(1, 1), part(4, 2)
-        if identifier and datatypes.is_oid(authority) and part(4, 3) in ("ISO", ""):
-            found[patient_id_of(identifier, authority)] = None
+    for repetition in repetitions:
+        authority, authority_type = _part(repetition, 4, 2), _part(repetition, 4, 3)
+        patient_id = patient_id_of(_unescaped(_part(repetition, 1, 1), delimiters), authority)
+        if authority_type in ("ISO", "") and is_usable(patient_id):
+            found[patient_id] = None
     if not found:
         text = f"{name}-{number} has no identifier with the OID of its assigning authority"
-        given = repetitions and str(segment[number]).strip()
+        given = any(str(each).strip() for each in repetitions)
         raise NotAccepted("AE", 204 if given else 101, text, f"{name}^1^{number}")
     return tuple(found)
+
+
+def _part(repetition: Any, component: int, subcomponent: int) -> str:
+    """Return a subcomponent as it stands, empty where there is none; what has no parts is its own first part."""
+    part = repetition
+    for number in (component, subcomponent):
+        if isinstance(part, str):
+            part = part if number == 1 else ""
+        else:
+            part = part[number - 1] if len(part) >= number else ""
+    return str(part).strip()
+
+
+def _unescaped(text: str, delimiters: str) -> str:
+    """Return a value without the escapes of its delimiters (HL7 v2.5, 2.7.1); other sequences stay as they are.
+
+    Not the library's `unescape`: it writes the text of a wrong sequence into the log.
+    """
+    field, component, repetition, escape, subcomponent = (delimiters[index] for index in range(5))
+    characters = {"F": field, "S": component, "R": repetition, "E": escape, "T": subcomponent}
+    sequence = re.compile(f"{re.escape(escape)}([FSRET]){re.escape(escape)}")
+    return sequence.sub(lambda found: characters[found[1]], text)
 
 
 def encode_acknowledgement(header: Header, *, control_id: str, time: str, problem: NotAccepted | None = None) -> bytes:
