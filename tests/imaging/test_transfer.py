@@ -520,6 +520,19 @@ async def test_no_progress_fails_within_the_time_out(tmp_path: Path, script: str
         assert len(errors(outcome)) == 2
 
 
+async def test_a_silent_pacs_is_left_alone_for_a_while_and_that_is_told(tmp_path: Path) -> None:
+    archive = Archive()
+    wants = archive.add_series(2)
+    async with bench(tmp_path, archive, "deaf", stall_timeout=0.8) as b:
+        await b.fetch(wants[:1])
+        moves, finds = len(b.pacs.moves), len(b.pacs.finds)
+        kind, text = errors(await b.fetch(wants[1:]))[wants[1].sop_instance_uid]
+        assert kind is RepositoryBusy
+        assert "not asked since" in text
+        assert "0.8 s" in text
+        assert (len(b.pacs.moves), len(b.pacs.finds)) == (moves, finds)
+
+
 async def test_pacs_that_dies_in_mid_transfer(tmp_path: Path) -> None:
     archive = Archive()
     wants = archive.add_series(40)

@@ -309,7 +309,11 @@ class Transfers:
             plan = self._settle_known(request, build(wants, accept=accept, routes=self._routes))
             if plan.fetches:
                 wants = [want for fetch in plan.fetches for want in fetch.wants]
-                facts = await self._facts.learn(wants, accept)
+                # A PACS that is left alone is not asked by C-FIND either: the request is to fail at once.
+                now = self._loop.time()
+                used = {each.pacs for each in plan.fetches if self._scheduler.why_closed(each.pacs, now) is None}
+                asked = [want for each in plan.fetches if each.pacs in used for want in each.wants]
+                facts = await self._facts.learn(asked, accept)
                 plan = build(wants, accept=accept, routes=self._routes, facts=facts)
                 plan = self._settle_known(request, plan)
             transfer.plan(is_proved=not any(fetch.verify for fetch in plan.fetches))
