@@ -23,8 +23,8 @@ class Budget:
     methods : tuple of Method
         Ways to make it send, the preferred one first; the others are fallen back to.
     uid_list_limit : int
-        SOP Instance UIDs in one IMAGE level move; see `backends.cmove.UID_LIST_LIMIT`. 1 for a PACS that takes no
-        lists.
+        SOP Instance UIDs in one IMAGE level move: 128 UIDs of 64 characters are 8 KB, and PACSs that turn the list into
+        one database query end at 1000 of them or sooner. 1 for a PACS that takes no lists.
     level : LevelChoice
         "study": studies that are wanted whole are moved at STUDY level. "series": series that are wanted whole are
         moved at SERIES level and never split. "image": everything by lists of SOP Instance UIDs. "auto": whichever
