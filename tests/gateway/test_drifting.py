@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.doubles import PACS
+from tests.gateway.doubles import PACS, Registry
 from tests.gateway.test_life_cycle import Desk, reject
 from tests.gateway.test_watching import numbered
 from tests.imaging import studies
@@ -17,7 +17,9 @@ from xca_imaging.errors import ConnectFailed, ManifestError, PeerBusy
 from xca_imaging.gateway import drifting
 from xca_imaging.gateway.drifting import Comparison, RegisteredManifest, by_study, ranges_with
 from xca_imaging.imaging import manifest
+from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.imaging.study import StudyContents
+from xca_imaging.metadata.model import DocumentEntry
 
 SINCE, UNTIL = date(2026, 1, 1), date(2026, 1, 8)  # the made-up studies are of 2026-01-02
 
@@ -40,13 +42,25 @@ async def publish(desk: Desk, *all_studies: StudyContents) -> None:
     desk.archive.queries.clear()
 
 
+class Stock:
+    """What a registry in memory holds."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def all(self) -> Iterator[tuple[DocumentEntry, Manifest]]:
+        for entry in self._registry.approved:
+            yield entry, manifest.read(self._registry.documents[entry.unique_id])
+
+    def one(self, registered: RegisteredManifest) -> tuple[DocumentEntry, Manifest] | None:
+        return next((each for each in self.all() if each[0].unique_id == registered.unique_id), None)
+
+
 async def drift(desk: Desk, *, is_deep: bool = False) -> list[tuple[str, str]]:
     """Return kind and study of each difference."""
-    registered = [
-        RegisteredManifest(entry, manifest.read(desk.registry.documents[entry.unique_id]))
-        for entry in desk.registry.approved
-    ]
-    found = await Comparison(desk.publisher, by_study(registered, PACS), SINCE, UNTIL, is_deep).differences()
+    stock = Stock(desk.registry)
+    registered = by_study(stock, [PACS])["main"]
+    found = await Comparison(desk.publisher, registered, stock, SINCE, UNTIL, is_deep).differences()
     assert all(each.pacs == "main" for each in found)
     return [(each.kind, each.study_instance_uid) for each in found]
 
@@ -125,11 +139,7 @@ async def test_registered_twice_is_told(desk: Desk) -> None:
 async def test_manifests_of_other_places_are_not_compared(desk: Desk) -> None:
     await publish(desk, numbered(studies.study()))
     elsewhere = PACS.model_copy(update={"retrieve_location_uid": "1.2.3.4.5"})
-    registered = [
-        RegisteredManifest(entry, manifest.read(desk.registry.documents[entry.unique_id]))
-        for entry in desk.registry.approved
-    ]
-    assert by_study(registered, elsewhere) == {}
+    assert by_study(Stock(desk.registry), [elsewhere]) == {"main": {}}
 
 
 async def test_queries_are_bounded_and_what_is_beyond_is_named(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:

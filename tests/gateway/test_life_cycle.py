@@ -123,7 +123,8 @@ async def test_a_study_that_is_rejected_as_a_whole_is_withdrawn(desk: Desk) -> N
     assert desk.registry.approved == []
     assert len(desk.registry.updates) == 1
     again = await desk.publish()
-    assert (again.outcome, "nothing is registered" in again.reason) == ("refused", True)
+    assert (again.outcome, again.reason) == ("unchanged", "all its instances are rejected")
+    assert len(desk.registry.updates) == 1
     # the note goes: a new manifest, the old one stays deprecated
     desk.hold(studies.study())
     assert (await desk.publish()).outcome == "registered"

@@ -75,12 +75,32 @@ def test_what_went_elsewhere_is_kept_until_it_is_replaced(tmp_path: Path) -> Non
         reference_ids=(STUDY_REFERENCE,),
     )
     memory.keep_sent("https://a/", [Sent(entry, b"one")], [])
-    assert memory.sent("https://a/", STUDY_REFERENCE) == memory.sent("https://a/") == [Sent(entry, b"one")]
-    assert memory.sent("https://b/", STUDY_REFERENCE) == []
+    assert memory.sent("https://a/", STUDY_REFERENCE) == [entry]
+    assert list(memory.all_sent("https://a/")) == [(entry, b"one")]
+    assert memory.sent_content("https://a/", entry.unique_id) == b"one"
+    assert memory.sent_content("https://b/", entry.unique_id) is None
+    assert memory.sent("https://b/", STUDY_REFERENCE) == list(memory.all_sent("https://b/")) == []
     assert memory.sent("https://a/", STUDY_REFERENCE.replace("1.2.3", "1.2.4")) == []
-    newer = replace(entry, entry_uuid="urn:uuid:00000000-0000-4000-8000-000000000002")
+    newer = replace(entry, entry_uuid="urn:uuid:00000000-0000-4000-8000-000000000002", unique_id="1.2.10")
     memory.keep_sent("https://a/", [Sent(newer, b"two")], [entry.entry_uuid])
-    assert memory.sent("https://a/", STUDY_REFERENCE) == [Sent(newer, b"two")]
+    assert memory.sent("https://a/", STUDY_REFERENCE) == [newer]
+    assert memory.sent_content("https://a/", entry.unique_id) is None
+    memory.close()
+
+
+def test_all_that_went_elsewhere_is_read_by_pages(tmp_path: Path) -> None:
+    memory = Publications(tmp_path)
+    entries = [
+        DocumentEntry(
+            entry_uuid=f"urn:uuid:00000000-0000-4000-8000-{number:012}",
+            unique_id=f"1.2.{number}",
+            patient_id="P^^^&1.2&ISO",
+            reference_ids=(STUDY_REFERENCE,),
+        )
+        for number in range(250)
+    ]
+    memory.keep_sent("https://a/", [Sent(entry, b"x") for entry in entries], [])
+    assert [entry for entry, _ in memory.all_sent("https://a/")] == entries
     memory.close()
 
 

@@ -161,8 +161,8 @@ async def test_what_went_elsewhere_is_replaced_there(node: NodeRepository, tmp_p
         publish = publisher(archive, elsewhere, memory)
         assert (await publish.attempt(studies.STUDY)).outcome == "replaced"
         assert (await publish.attempt(studies.STUDY)).outcome == "unchanged"
-        (sent,) = memory.sent(ELSEWHERE.url)
-        assert manifest.read(sent.content).number_of_instances == 3
+        ((sent, content),) = memory.all_sent(ELSEWHERE.url)
+        assert manifest.read(content).number_of_instances == 3
         (association,) = [each for each in client.submissions[1].associations if each.type == uids.RPLC]
         assert association.target == first.documents[0].entry_uuid
         # RAD-68 cannot say that nothing is left
@@ -170,7 +170,7 @@ async def test_what_went_elsewhere_is_replaced_there(node: NodeRepository, tmp_p
         result = await publish.attempt(studies.STUDY)
         assert result.outcome == "refused"
         assert ELSEWHERE.url in result.reason
-        assert sent.entry.entry_uuid in result.reason
+        assert sent.entry_uuid in result.reason
 
 
 async def test_what_is_refused_elsewhere_is_not_remembered(node: NodeRepository, memory: Publications) -> None:
@@ -179,6 +179,6 @@ async def test_what_is_refused_elsewhere_is_not_remembered(node: NodeRepository,
     elsewhere = RepositoryElsewhere(client, ELSEWHERE, node, memory)  # type: ignore[arg-type]
     publish = publisher(Archive(studies.study()), elsewhere, memory)
     assert (await publish.attempt(studies.STUDY)).outcome == "refused"
-    assert memory.sent(ELSEWHERE.url) == []
+    assert list(memory.all_sent(ELSEWHERE.url)) == []
     client.response = RegistryResponse(uids.STATUS_SUCCESS)
     assert (await publish.attempt(studies.STUDY)).outcome == "registered"

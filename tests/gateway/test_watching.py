@@ -18,14 +18,15 @@ from pydicom.uid import ExplicitVRLittleEndian
 from tests.gateway.doubles import PACS, Archive, Clock, Objects, Registry, profile
 from tests.imaging import studies, test_cfind
 from tests.imaging.test_availability import notification, written
-from xca_imaging.errors import ConnectFailed, ManifestError, PeerTimeout
+from tests.support import rejection, reports
+from xca_imaging.errors import ConnectFailed, ManifestError, PeerRefused, PeerTimeout
 from xca_imaging.gateway import watching
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Published, Publisher, new_uid, new_uuid
 from xca_imaging.gateway.watching import Follower, Watch, windows
 from xca_imaging.imaging.backends.cfind import Queries
 from xca_imaging.imaging.backends.pool import Associations
-from xca_imaging.imaging.study import StudyContents, StudyFacts
+from xca_imaging.imaging.study import InstanceFacts, SeriesFacts, StudyContents, StudyFacts
 from xca_imaging.operations.metrics import Metrics
 
 TODAY = date(2026, 1, 5)  # the made-up studies are of 2026-01-02
@@ -254,6 +255,44 @@ async def test_one_refused_study_does_not_keep_the_others_back(desk: Desk) -> No
     assert sorted(desk.outcomes) == ["refused", "registered"]
 
 
+async def test_a_defect_in_one_study_does_not_keep_the_others_back(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    desk.hold(numbered(studies.study()))
+    other = numbered(studies.study())
+    desk.hold(replace(other, facts=replace(other.facts, study_instance_uid="1.2.3")))
+    desk.archive.errors[STUDY] = ZeroDivisionError()
+    await desk.sweep(2)
+    assert "a defect" in caplog.text
+    assert desk.outcomes == ["registered"]
+    assert f"IMAGE {STUDY}" not in await desk.sweep()  # it is tried again, later
+
+
+async def test_series_that_cannot_be_listed_do_not_end_a_sweep(desk: Desk) -> None:
+    desk.hold(numbered(studies.study()))
+    await desk.sweep(2)
+
+    async def refuse(study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
+        raise PeerRefused("main", "C-FIND SERIES ended with status 0xC000")
+
+    desk.archive.find_series = refuse  # type: ignore[method-assign]
+    assert await desk.follower._try_sweep()
+
+
+async def test_a_study_that_is_rejected_as_a_whole_is_read_once(desk: Desk) -> None:
+    note = rejection.note(STUDY, {f"{STUDY}.1": [f"{STUDY}.1.1", f"{STUDY}.1.2"]})
+    series = studies.series(9, 0, modality="KO")
+    instance = InstanceFacts(sop_instance_uid=note.SOPInstanceUID, sop_class_uid=note.SOPClassUID)
+    objects = Objects()
+    objects.objects[note.SOPInstanceUID] = reports.part10(note)
+    desk.follower.publisher = replace(desk.follower.publisher, objects=objects)
+    desk.hold(numbered(studies.study(studies.series(), replace(series, instances=(instance,)))))
+    await desk.sweep(2)
+    assert desk.registry.approved == []
+    assert set(await desk.sweep(20)) <= {f"SERIES {STUDY}"}
+    assert desk.outcomes == []
+
+
 async def test_the_pacs_that_is_lost_in_mid_sweep_ends_it_and_the_next_goes_on(desk: Desk) -> None:
     desk.hold(numbered(studies.study()))
     other = numbered(studies.study())
@@ -382,6 +421,11 @@ async def test_a_defect_ends_a_sweep_and_not_the_following(desk: Desk, caplog: p
     assert "defect" in caplog.text
     desk.archive.errors.clear()
     assert await desk.follower._try_sweep()
+
+
+def test_a_pacs_that_is_away_for_a_year_is_still_asked() -> None:
+    assert [watching._backoff(60.0, attempts) for attempts in (0, 1, 4, 50_000)] == [60.0, 120.0, 900.0, 900.0]
+    assert watching._backoff(3600.0, 50_000) == 3600.0
 
 
 @pytest.mark.parametrize(("days", "ranges", "length"), [(0, 1, 1), (8, 9, 1), (30, 31, 1), (31, 16, 2), (366, 31, 12)])

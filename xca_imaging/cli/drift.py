@@ -22,11 +22,15 @@ from xca_imaging.errors import ManifestError, RegistryError
 from xca_imaging.gateway.drifting import Comparison, Difference, Kind, RegisteredManifest, by_study
 from xca_imaging.gateway.publications import Publications
 from xca_imaging.imaging import manifest as manifests
+from xca_imaging.imaging.document_entry import study_reference_id
+from xca_imaging.imaging.manifest import Manifest
+from xca_imaging.metadata.model import DocumentEntry
 from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.inventory import approved_manifests
 from xca_imaging.registry.provide import Repository
 from xca_imaging.registry.remote import RemoteStore
 from xca_imaging.settings import Settings
+from xca_imaging.uids import MIME_DICOM
 
 log = logging.getLogger(__name__)
 
@@ -91,44 +95,72 @@ async def compare(settings: Settings, since: date, *, is_deep: bool = False) -> 
     ConfigurationError
     """
     async with publishers(settings) as (all_publishers, memory):
-        registered = list(_registered(settings, memory))
-        found: list[Difference] = []
-        for publisher in all_publishers:
-            comparison = Comparison(
-                publisher,
-                by_study(registered, publisher.pacs),
-                since,
-                date.today() + timedelta(days=1),
-                is_deep,
+        with closing(_Registered(settings, memory)) as inventory:
+            registered = by_study(inventory, settings.pacs)
+            found: list[Difference] = []
+            for publisher in all_publishers:
+                comparison = Comparison(
+                    publisher,
+                    registered[publisher.pacs.name],
+                    inventory,
+                    since,
+                    date.today() + timedelta(days=1),
+                    is_deep,
+                )
+                found += await comparison.differences()
+            return found
+
+
+class _Registered:
+    """The manifests of this node's repository, and those that `publish.repository` accepted."""
+
+    def __init__(self, settings: Settings, memory: Publications) -> None:
+        self._elsewhere, self._memory = settings.publish.repository, memory
+        self._registry: Registry | None = None
+        if settings.repository.unique_id:
+            self._registry = Registry.open(settings.database_url, home_community_id=settings.node.home_community_id)
+            self._repository = Repository(
+                self._registry,
+                settings.data_dir / "documents",
+                repository_unique_id=settings.repository.unique_id,
+                remote=RemoteStore.open(settings.repository.store),
             )
-            found += await comparison.differences()
-        return found
 
+    def close(self) -> None:
+        if self._registry is not None:
+            self._registry.close()
 
-def _registered(settings: Settings, memory: Publications) -> Iterator[RegisteredManifest]:
-    """Yield the manifests of this node's repository, or those that `publish.repository` accepted."""
-    if settings.publish.repository:
-        for sent in memory.sent(settings.publish.repository):
-            yield RegisteredManifest(sent.entry, manifests.read(sent.content))
-    if not settings.repository.unique_id:
-        return
-    opened = Registry.open(settings.database_url, home_community_id=settings.node.home_community_id)
-    with closing(opened) as registry:
-        repository = Repository(
-            registry,
-            settings.data_dir / "documents",
-            repository_unique_id=settings.repository.unique_id,
-            remote=RemoteStore.open(settings.repository.store),
-        )
-        for entry in approved_manifests(registry):
-            if entry.repository_unique_id != repository.repository_unique_id:
-                continue
-            try:
-                document = repository.find(entry.unique_id)
-                if document is None:
-                    raise ManifestError(f"document {entry.unique_id} is not in the repository")
-                manifest = manifests.read(Path(document.path))
-            except (ManifestError, RegistryError) as exc:
-                log.warning("document %s is left out: %s", entry.unique_id, exc)
-                continue
-            yield RegisteredManifest(entry, manifest)
+    def all(self) -> Iterator[tuple[DocumentEntry, Manifest]]:
+        if self._elsewhere:
+            for entry, content in self._memory.all_sent(self._elsewhere):
+                if entry.mime_type == MIME_DICOM:
+                    yield entry, manifests.read(content)
+        if self._registry is None:
+            return
+        for entry in approved_manifests(self._registry):
+            if manifest := self._read(entry):
+                yield entry, manifest
+
+    def one(self, registered: RegisteredManifest) -> tuple[DocumentEntry, Manifest] | None:
+        study, wanted = registered.study_instance_uid, registered.unique_id
+        if self._elsewhere:
+            for entry in self._memory.sent(self._elsewhere, study_reference_id(study)):
+                content = self._memory.sent_content(self._elsewhere, entry.unique_id)
+                if entry.unique_id == wanted and content is not None:
+                    return entry, manifests.read(content)
+        for entry in self._registry.documents_of_study(study) if self._registry else ():
+            if entry.unique_id == wanted and (manifest := self._read(entry)):
+                return entry, manifest
+        return None
+
+    def _read(self, entry: DocumentEntry) -> Manifest | None:
+        if entry.repository_unique_id != self._repository.repository_unique_id:
+            return None
+        try:
+            document = self._repository.find(entry.unique_id)
+            if document is None:
+                raise ManifestError("it is not in the repository")
+            return manifests.read(Path(document.path))
+        except (ManifestError, RegistryError) as exc:
+            log.warning("document %s is left out: %s", entry.unique_id, exc)
+            return None

@@ -13,10 +13,10 @@ References
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
-from typing import Literal
+from typing import Literal, Protocol
 
 from xca_imaging.errors import ConnectFailed, ManifestError, PeerError, PeerTimeout, RegistryError
 from xca_imaging.gateway.publishing import Publisher, Selection, identifier_of, is_ours
@@ -47,12 +47,42 @@ class Difference:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RegisteredManifest:
-    """An approved manifest with its entry."""
+    """An approved manifest, in the few words that most comparisons need: there may be hundreds of thousands."""
 
-    entry: DocumentEntry
-    manifest: Manifest
+    unique_id: str
+    patient_id: str
+    """CX under which it is registered."""
+    creation_time: str
+    study_instance_uid: str
+    study_date: str
+    departmental_id: str
+    series: int
+    instances: int
+
+    @classmethod
+    def of(cls, entry: DocumentEntry, manifest: Manifest) -> RegisteredManifest:
+        return cls(
+            unique_id=entry.unique_id,
+            patient_id=entry.patient_id,
+            creation_time=entry.creation_time,
+            study_instance_uid=manifest.study_instance_uid,
+            study_date=manifest.study_date,
+            departmental_id=manifest.patient.id,
+            series=sum(len(study.series) for study in manifest.studies),
+            instances=manifest.number_of_instances,
+        )
+
+
+class Inventory(Protocol):
+    """What is registered. Both methods may block."""
+
+    def all(self) -> Iterator[tuple[DocumentEntry, Manifest]]:
+        """Yield every approved manifest with its entry, one at a time."""
+
+    def one(self, registered: RegisteredManifest) -> tuple[DocumentEntry, Manifest] | None:
+        """Return one of them, None if it is no longer there."""
 
 
 @dataclass(slots=True)
@@ -74,6 +104,8 @@ class Comparison:
     ----------
     registered : mapping
         Its approved manifests by Study Instance UID, the newest first.
+    inventory : Inventory
+        Where they come from.
     since, until : date
         Studies of these days are to be registered; registered ones of any day are to be in the PACS.
     is_deep : bool
@@ -82,6 +114,7 @@ class Comparison:
 
     publisher: Publisher
     registered: Mapping[str, Sequence[RegisteredManifest]]
+    inventory: Inventory
     since: date
     until: date
     is_deep: bool = False
@@ -117,41 +150,43 @@ class Comparison:
     ) -> list[Difference]:
         newest = manifests[0]
         found = [
-            self._difference("other_content", uid, older.entry, "registered more than once; this is an older manifest")
+            self._difference("other_content", uid, older, "registered more than once; this is an older manifest")
             for older in manifests[1:]
         ]
         if study is None:
             if not self._single.take():
-                return [*found, self._difference("not_compared", uid, newest.entry, "too many are in no list of days")]
+                return [*found, self._difference("not_compared", uid, newest, "too many are in no list of days")]
             listed = await self.publisher.find_studies(Selection(study_instance_uid=uid))
             if not listed:
-                return [*found, self._difference("registered_not_in_pacs", uid, newest.entry, "no such study")]
+                return [*found, self._difference("registered_not_in_pacs", uid, newest, "no such study")]
             study = listed[0]
-        if not self.is_deep and _looks_same(study, newest.manifest):
+        if not self.is_deep and _looks_same(study, newest):
             return found
         return [*found, *await self._read(uid, newest)]
 
     async def _read(self, uid: str, registered: RegisteredManifest) -> list[Difference]:
         """List a study's instances, and compare with what would be registered now for the same patient."""
-        entry = registered.entry
         if not self._reads.take():
-            return [self._difference("not_compared", uid, entry, "too many have other numbers than registered")]
-        publisher = replace(self.publisher, patient_id=identifier_of(entry.patient_id))
+            return [self._difference("not_compared", uid, registered, "too many have other numbers than registered")]
+        publisher = replace(self.publisher, patient_id=identifier_of(registered.patient_id))
         try:
             prepared = await publisher.prepare(uid)
         except (ConnectFailed, PeerTimeout):
             raise
         except (NotPublished, ManifestError, PeerError, RegistryError) as exc:
-            return [self._difference("not_compared", uid, entry, str(exc))]
+            return [self._difference("not_compared", uid, registered, str(exc))]
         if prepared is None:
             return [
-                self._difference("registered_not_in_pacs", uid, entry, "nothing of it is left but what is rejected")
+                self._difference(
+                    "registered_not_in_pacs", uid, registered, "nothing of it is left but what is rejected"
+                )
             ]
-        if prepared.is_same(entry, registered.manifest):
-            return []
-        before, now = registered.manifest.number_of_instances, prepared.manifest.number_of_instances
+        found = self.inventory.one(registered)
+        if found is None or prepared.is_same(*found):
+            return []  # it was replaced meanwhile, or is as it should be
+        before, now = registered.instances, prepared.manifest.number_of_instances
         reason = f"{before} instances are registered, {now} are there" if before != now else "it has changed"
-        return [self._difference("other_content", uid, entry, reason)]
+        return [self._difference("other_content", uid, registered, reason)]
 
     async def _missing(self, study: StudyFacts) -> list[Difference]:
         """Say that a study is not registered, unless there is nothing of it that could be."""
@@ -166,29 +201,33 @@ class Comparison:
             return [self._difference("in_pacs_not_registered", uid, reason=f"it cannot be published: {exc}")]
         if prepared is None:
             return []
-        return [self._difference("in_pacs_not_registered", uid, prepared.entry)]
+        difference = self._difference("in_pacs_not_registered", uid)
+        return [replace(difference, patient_id=prepared.entry.patient_id)]
 
     def _difference(
-        self, kind: Kind, uid: str = "", entry: DocumentEntry | None = None, reason: str = ""
+        self, kind: Kind, uid: str = "", registered: RegisteredManifest | None = None, reason: str = ""
     ) -> Difference:
         return Difference(
             kind=kind,
             pacs=self.publisher.pacs.name,
             study_instance_uid=uid,
-            patient_id=entry.patient_id if entry else "",
-            document_unique_id=entry.unique_id if entry and kind != "in_pacs_not_registered" else "",
+            patient_id=registered.patient_id if registered else "",
+            document_unique_id=registered.unique_id if registered else "",
             reason=reason,
         )
 
 
-def by_study(registered: Iterable[RegisteredManifest], pacs: Pacs) -> dict[str, list[RegisteredManifest]]:
-    """Return the manifests that this node makes for a PACS by Study Instance UID, the newest first."""
-    found: dict[str, list[RegisteredManifest]] = {}
-    for each in registered:
-        if is_ours(each.manifest, pacs):
-            found.setdefault(each.manifest.study_instance_uid, []).append(each)
-    for manifests in found.values():
-        manifests.sort(key=lambda each: (each.entry.creation_time, each.entry.unique_id), reverse=True)
+def by_study(inventory: Inventory, all_pacs: Sequence[Pacs]) -> dict[str, dict[str, list[RegisteredManifest]]]:
+    """Return the manifests that this node makes, by name of the PACS and Study Instance UID, the newest first."""
+    found: dict[str, dict[str, list[RegisteredManifest]]] = {pacs.name: {} for pacs in all_pacs}
+    for entry, manifest in inventory.all():
+        for pacs in all_pacs:
+            if is_ours(manifest, pacs):
+                study = found[pacs.name].setdefault(manifest.study_instance_uid, [])
+                study.append(RegisteredManifest.of(entry, manifest))
+    for studies in found.values():
+        for manifests in studies.values():
+            manifests.sort(key=lambda each: (each.creation_time, each.unique_id), reverse=True)
     return found
 
 
@@ -209,16 +248,16 @@ def _days(registered: Mapping[str, Sequence[RegisteredManifest]]) -> list[date]:
     found = []
     for manifests in registered.values():
         try:
-            found.append(date.fromisoformat(manifests[0].manifest.study_date.replace(".", "")))
+            found.append(date.fromisoformat(manifests[0].study_date.replace(".", "")))
         except ValueError:
             continue  # without a usable date it is asked for by its UID
     return found
 
 
-def _looks_same(study: StudyFacts, manifest: Manifest) -> bool:
+def _looks_same(study: StudyFacts, registered: RegisteredManifest) -> bool:
     """Tell whether numbers and patient agree, as far as study level tells."""
     return (
-        study.number_of_instances == manifest.number_of_instances
-        and study.number_of_series in (None, sum(len(each.series) for each in manifest.studies))
-        and study.patient.id == manifest.patient.id
+        study.number_of_instances == registered.instances
+        and study.number_of_series in (None, registered.series)
+        and study.patient.id == registered.departmental_id
     )

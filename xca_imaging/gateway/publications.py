@@ -13,7 +13,7 @@ import os
 import sqlite3
 import threading
 import zlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -44,10 +44,12 @@ CREATE TABLE IF NOT EXISTS sent (
     entry_uuid TEXT PRIMARY KEY,
     repository TEXT NOT NULL,
     reference_id TEXT NOT NULL,
+    unique_id TEXT NOT NULL,
     entry BLOB NOT NULL,
     content BLOB NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS sent_by_reference ON sent (repository, reference_id);
+CREATE INDEX IF NOT EXISTS sent_by_unique_id ON sent (repository, unique_id);
 """
 _BUSY_TIMEOUT = 30.0  # s: another process of this node writes a row
 _LOCKS = 64  # files; two studies that share one wait for each other, which is harmless
@@ -151,25 +153,54 @@ class Publications:
     def keep_sent(self, repository: str, sent: Sequence[Sent], replaced: Sequence[str]) -> None:
         """Remember documents that a repository accepted, and forget those that they replaced (entryUUIDs)."""
         rows = [
-            (each.entry.entry_uuid, repository, reference, xml.serialize(ebrim.encode_object(each.entry)), each.content)
+            (
+                each.entry.entry_uuid,
+                repository,
+                reference,
+                each.entry.unique_id,
+                xml.serialize(ebrim.encode_object(each.entry)),
+                each.content,
+            )
             for each in sent
             for reference in each.entry.reference_ids
             if reference.endswith(f"^{uids.REFERENCE_STUDY_INSTANCE_UID}")
         ]
         with self._lock, self._database:
             self._database.executemany("DELETE FROM sent WHERE entry_uuid = ?", [(each,) for each in replaced])
-            self._database.executemany("INSERT OR REPLACE INTO sent VALUES (?, ?, ?, ?, ?)", rows)
+            self._database.executemany("INSERT OR REPLACE INTO sent VALUES (?, ?, ?, ?, ?, ?)", rows)
 
-    def sent(self, repository: str, reference_id: str = "") -> list[Sent]:
-        """Return what a repository has: the documents that carry a study's reference id, or all."""
+    def sent(self, repository: str, reference_id: str) -> list[DocumentEntry]:
+        """Return the documents of a study that a repository has, by the study's reference id."""
         found = []
-        for entry, content in self._do(
-            "SELECT entry, content FROM sent WHERE repository = ? AND ? IN ('', reference_id)", repository, reference_id
+        for (entry,) in self._do(
+            "SELECT entry FROM sent WHERE repository = ? AND reference_id = ?", repository, reference_id
         ):
             decoded = ebrim.decode_object(xml.parse(entry))
             assert isinstance(decoded, DocumentEntry)
-            found.append(Sent(decoded, content))
+            found.append(decoded)
         return found
+
+    def sent_content(self, repository: str, document_unique_id: str) -> bytes | None:
+        """Return a document that a repository has, None where it is not known here."""
+        found = self._do(
+            "SELECT content FROM sent WHERE repository = ? AND unique_id = ?", repository, document_unique_id
+        )
+        return found[0][0] if found else None
+
+    def all_sent(self, repository: str) -> Iterator[tuple[DocumentEntry, bytes]]:
+        """Yield every document that a repository has, one at a time."""
+        last = ""
+        while found := self._do(
+            "SELECT entry_uuid, entry, content FROM sent WHERE repository = ? AND entry_uuid > ? "
+            "ORDER BY entry_uuid LIMIT 100",
+            repository,
+            last,
+        ):
+            last = found[-1][0]
+            for _, entry, content in found:
+                decoded = ebrim.decode_object(xml.parse(entry))
+                assert isinstance(decoded, DocumentEntry)
+                yield decoded, content
 
     # --- one at a time ------------------------------------------------------------------------------------------------
 

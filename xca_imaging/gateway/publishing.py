@@ -232,10 +232,15 @@ class Publisher:
             except StudyNotFound:
                 return await self._withdraw(study_instance_uid, f"{self.pacs.name} has no such study", self.patient_id)
             rejected = await self._rejected(contents)
-            if contents.number_of_instances and not contents.without(rejected).number_of_instances:
-                return await self._withdraw(study_instance_uid, "all its instances are rejected", self._owner(contents))
             if not contents.number_of_instances:
                 return await self._withdraw(study_instance_uid, "it has no instances", self._owner(contents))
+            if not contents.without(rejected).number_of_instances:
+                reason, owner = "all its instances are rejected", self._owner(contents)
+                if not await self._registered(study_instance_uid, owner):
+                    # As it should be, and there is nothing to try again.
+                    await self._remember(contents, "")
+                    return Published(study_instance_uid=study_instance_uid, outcome="unchanged", reason=reason)
+                return await self._withdraw(study_instance_uid, reason, owner)
             registered = await self._registered(study_instance_uid, self._owner(contents))
             prepared = await self._prepare(contents, rejected, registered)
             return await self._register(prepared, contents)

@@ -156,20 +156,23 @@ class RepositoryElsewhere:
         assert isinstance(asked, FindDocuments)
         response = await self._own.stored_query(query)
         here = {entry.unique_id for entry in response.objects.documents}
+        formats = {(code.code, code.scheme) for code in asked.format_codes}
         there = [
-            each.entry
+            entry
             for references in asked.reference_ids
             for reference in references
-            for each in await asyncio.to_thread(self._memory.sent, self._endpoint.url, reference)
-            if each.entry.patient_id == asked.patient_id and each.entry.unique_id not in here
+            for entry in await asyncio.to_thread(self._memory.sent, self._endpoint.url, reference)
+            if entry.patient_id == asked.patient_id
+            and entry.unique_id not in here
+            and (not formats or (entry.format_code and (entry.format_code.code, entry.format_code.scheme) in formats))
         ]
         objects = replace(response.objects, documents=(*response.objects.documents, *there))
         return replace(response, objects=objects)
 
     async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
-        for each in await asyncio.to_thread(self._memory.sent, self._endpoint.url):
-            if each.entry.unique_id == document_unique_id:
-                return each.content
+        content = await asyncio.to_thread(self._memory.sent_content, self._endpoint.url, document_unique_id)
+        if content is not None:
+            return content
         wanted = DocumentRequest(None, repository_unique_id, document_unique_id)
         _, contents = await self._client.retrieve_documents(self._endpoint, [wanted])
         if document_unique_id not in contents:

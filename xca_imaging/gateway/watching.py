@@ -26,12 +26,20 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from functools import partial
-from typing import TypeVar, TypeVarTuple
+from typing import Any, TypeVar, TypeVarTuple
 
-from xca_imaging.errors import ConnectFailed, ManifestError, NotificationError, PeerError, PeerTimeout
+from xca_imaging.errors import (
+    ConnectFailed,
+    ManifestError,
+    NotificationError,
+    PeerError,
+    PeerProtocolError,
+    PeerRefused,
+    PeerTimeout,
+)
 from xca_imaging.gateway.peers import Endpoint, SoapClient
 from xca_imaging.gateway.publications import Publications, StudyRecord
-from xca_imaging.gateway.publishing import Published, Publisher, Selection, publishers_of
+from xca_imaging.gateway.publishing import Outcome, Published, Publisher, Selection, publishers_of
 from xca_imaging.gateway.publishing_peers import Repository
 from xca_imaging.gateway.repositories import RepositoryElsewhere, TransferredObjects, TransfersFinder
 from xca_imaging.imaging.availability import Availability, Notification, read_notification
@@ -120,7 +128,7 @@ class Follower:
         while True:
             if self._clock() >= next_sweep:
                 failures = 0 if await self._try_sweep() else failures + 1
-                pause = min(self._interval * 2**failures, max(_MOST_BACKOFF, self._interval))
+                pause = _backoff(self._interval, failures)
                 if failures:
                     log.warning("%s: next sweep in about %.0f s", self.name, pause)
                 next_sweep = self._clock() + pause * random.uniform(0.9, 1.1)  # noqa: S311 - spreads sweeps
@@ -194,7 +202,7 @@ class Follower:
         signature = study_signature(study)
         if record.seen != signature or record.missing or record.day != study.day:
             # New, or changed since the last sweep: more may be on its way.
-            await self._remember(replace(record, seen=signature, day=study.day, missing=0))
+            await self._note(study.study_instance_uid, seen=signature, day=study.day, missing=0)
             return False
         if record.published == signature and not self._is_worn(study, record):
             return True
@@ -210,17 +218,22 @@ class Follower:
         refused = self._refused.get(uid)
         if refused is not None and refused.signature == signature and self._clock() < refused.at:
             return
-        result = await self._attempt(uid)
-        if result.outcome == "refused":
+        try:
+            outcome: Outcome = (await self._attempt(uid)).outcome
+        except (ConnectFailed, PeerTimeout):
+            raise
+        except Exception:
+            # What goes wrong with one study must not keep those after it back, sweep for sweep.
+            log.exception("study %s of %s: a defect", uid, self.name)
+            outcome = "refused"
+        if outcome == "refused":
             attempts = refused.attempts + 1 if refused is not None and refused.signature == signature else 1
-            pause = min(self._interval * 2**attempts, max(_MOST_BACKOFF, self._interval))
-            self._refused[uid] = _Due(self._clock() + pause, attempts=attempts, signature=signature)
+            again_at = self._clock() + _backoff(self._interval, attempts)
+            self._refused[uid] = _Due(again_at, attempts=attempts, signature=signature)
             return
         self._refused.pop(uid, None)
-        if result.outcome != "withdrawn":
-            record = await self._run(self._memory.study, self.name, uid)
-            now = self._wall_clock()
-            await self._remember(replace(record, seen=signature, published=signature, looked_at=now, missing=0))
+        if outcome != "withdrawn":
+            await self._note(uid, seen=signature, published=signature, looked_at=self._wall_clock(), missing=0)
 
     async def _miss(self, record: StudyRecord) -> None:
         """Count a study that is in no answer; ask for it by its UID in the second sweep, and withdraw it then."""
@@ -228,7 +241,7 @@ class Follower:
         if not record.patient_id:
             await self._run(self._memory.forget, self.name, uid)
         elif not record.missing:
-            await self._remember(replace(record, missing=1, seen=""))
+            await self._note(uid, missing=1, seen="")
         else:
             await self._publish(uid, "missing")
 
@@ -244,12 +257,16 @@ class Follower:
         for record, study in (*silent, *others[:_SERIES_A_SWEEP]):
             await self.look_at_notified()
             uid, patient_id = study.study_instance_uid, study.patient.id
-            series = await self.publisher.finder.find_series(uid, patient_id=patient_id)
+            try:
+                series = await self.publisher.finder.find_series(uid, patient_id=patient_id)
+            except (PeerRefused, PeerProtocolError, ManifestError) as exc:
+                log.warning("series of study %s are not compared: %s", uid, exc)
+                continue
             if series_signature(series) != record.series:
                 # Published by the next sweep, when it has been quiet for one.
-                await self._remember(replace(record, published="", looked_at=self._wall_clock()))
+                await self._note(uid, published="", looked_at=self._wall_clock())
             elif study.number_of_instances is not None:
-                await self._remember(replace(record, looked_at=self._wall_clock()))
+                await self._note(uid, looked_at=self._wall_clock())
 
     async def _attempt(self, uid: str) -> Published:
         result = await self.publisher.attempt(uid)
@@ -258,8 +275,10 @@ class Follower:
             self._on_published(result)
         return result
 
-    async def _remember(self, record: StudyRecord) -> None:
-        await self._run(self._memory.remember, record)
+    async def _note(self, uid: str, **changes: Any) -> None:
+        """Change what is remembered of a study, as it stands now: it may have been published since it was read."""
+        record = await self._run(self._memory.study, self.name, uid)
+        await self._run(self._memory.remember, replace(record, **changes))
 
     # --- notifications ------------------------------------------------------------------------------------------------
 
@@ -430,6 +449,11 @@ async def watching(
             transfers.on_availability = None
             following.cancel()
             await asyncio.wait((following,))
+
+
+def _backoff(interval: float, attempts: int) -> float:
+    """Return the pause after so many attempts in vain, in seconds; the interval itself after none."""
+    return min(interval * 2.0 ** min(attempts, 16), max(_MOST_BACKOFF, interval))
 
 
 def windows(first: date, last: date) -> Iterator[tuple[date, date]]:
