@@ -105,6 +105,11 @@ def test_other_delimiters():
     assert hl7.parse(answer.decode()).extract_field("MSA", 1, 2) == "MSG00001"
 
 
+def test_segments_that_are_not_asked_for_are_not_parsed():
+    """A picture of the patient, or a million of anything, costs no more than reading past it."""
+    assert read(ADMIT + "OBX|1|ED|||" + "|^~&" * 200_000 + "\r" + "ZZZ|1\r" * 20_000).feed == Added((PATIENT,))
+
+
 @pytest.mark.parametrize("end", ["\r\n", "\n", "\r\r"])
 def test_other_line_ends(end):
     assert read("MSH" + ADMIT.removeprefix("MSH").replace("\r", end)).feed == Added((PATIENT,))
@@ -145,6 +150,7 @@ REFUSED = [
     (ADMIT.replace(f"test-1^^^WEST&{AUTHORITY}&ISO", ""), "AE", 101),
     (ADMIT.replace(f"test-1^^^WEST&{AUTHORITY}&ISO", "local^^^WEST"), "AE", 204),
     (ADMIT.replace(f"test-1^^^WEST&{AUTHORITY}&ISO", "~".join(f"{n}^^^&1.2&ISO" for n in range(200))), "AE", 102),
+    (ADMIT.replace("SAMPLE", "|" * 20_000), "AE", 102),
     (MERGE.replace("MRG|", "ZRG|"), "AE", 100),
     (MERGE.replace("MRG|test-2", "MRG|"), "AE", 204),
 ]

@@ -12,6 +12,7 @@ References
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
@@ -57,6 +58,7 @@ _CHARACTER_SETS = {  # HL7 table 0211, as codecs
     "BIG-5": "big5",
     "UNICODE UTF-8": "utf-8",
 }
+_MAX_SEGMENT = 16 * 1024  # characters of PID or MRG: a hundred identifiers, names and addresses have half of it
 _MAX_IDS = 100  # identifiers of one patient: real feeds have a handful
 
 
@@ -155,11 +157,12 @@ def decode_message(header: Header, data: bytes) -> FeedMessage:
         raise NotAccepted("AR", 200, f"message type {header.message_type[:20]} is not ADT", "MSH^1^9")
     if header.event not in EVENTS:
         raise NotAccepted("AR", 201, f"event {header.event[:20]} is none of {', '.join(EVENTS)}", "MSH^1^9")
-    message = _parse(_text(header, data))
-    patient_ids = _identifiers(_only(message, "PID"), 3, header.delimiters)
+    lines = re.split("[\r\n]+", _text(header, data))
+    patient_ids = _identifiers(_segment(lines, "PID", header.delimiters), 3, header.delimiters)
     feed: Feed
     if header.event == "A40":
-        feed = Merged(patient_ids, _identifiers(_only(message, "MRG"), 1, header.delimiters))
+        subsumed = _identifiers(_segment(lines, "MRG", header.delimiters), 1, header.delimiters)
+        feed = Merged(patient_ids, subsumed)
     else:
         feed = Revised(patient_ids) if header.event == "A08" else Added(patient_ids)
     return FeedMessage(header.message_id, feed)
@@ -180,21 +183,20 @@ def _text(header: Header, data: bytes) -> str:
         raise NotAccepted("AR", 102, "text that is not in the character set of MSH-18") from None
 
 
-def _parse(text: str) -> hl7.Message:
-    try:
-        message = hl7.parse("\r".join(line for line in re.split("[\r\n]+", text) if line.strip()) + "\r")
-    except (hl7.HL7Exception, IndexError, KeyError, ValueError) as exc:
-        raise NotAccepted("AR", 207, "not an HL7 v2 message") from exc
-    assert isinstance(message, hl7.Message)
-    return message
+def _segment(lines: Sequence[str], name: str, delimiters: str) -> hl7.Segment:
+    """Return the segment of that name; a feed tells of one patient at a time.
 
-
-def _only(message: hl7.Message, name: str) -> hl7.Segment:
-    """Return the segment of that name; a feed tells of one patient at a time."""
-    found = [segment for segment in message if str(segment[0]) == name]
+    The others are not parsed: they may be many and long, with a picture of the patient among them.
+    """
+    found = [line for line in lines if line.startswith(name + delimiters[0])]
     if len(found) != 1:
         raise NotAccepted("AE", 100, f"{len(found)} {name} segments instead of one", name)
-    return found[0]
+    if len(found[0]) > _MAX_SEGMENT:
+        raise NotAccepted("AE", 102, f"{name} has more than {_MAX_SEGMENT} characters", name)
+    try:
+        return hl7.parse(f"MSH{delimiters}\r{found[0]}\r")[1]
+    except (hl7.HL7Exception, IndexError, KeyError, ValueError) as exc:
+        raise NotAccepted("AE", 102, f"{name} is not an HL7 v2 segment", name) from exc
 
 
 def _identifiers(segment: hl7.Segment, number: int, delimiters: str) -> tuple[str, ...]:
