@@ -415,7 +415,8 @@ class Scheduler:
             return None
         if pacs.blocked_since is None:
             pacs.blocked_since = now
-        return max(0.0, pacs.blocked_since + self._patience - now)
+        # Not less than a little: it may be long until the turn of who waits, when they had more than their share.
+        return max(self._patience / 10, pacs.blocked_since + self._patience - now)
 
     def _start_move(self, pacs: Pacs, batch: Batch, now: float) -> None:
         request, head = batch.request, batch.fetches[0]

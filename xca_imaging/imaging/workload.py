@@ -201,7 +201,7 @@ class Pacs:
     paused: dict[Fetch, None] = field(default_factory=dict)  # will be queued again
     pause_until: float = 0.0
     blocked_since: float | None = None  # since when batches wait for C-MOVEs with other accepted syntaxes to end
-    seconds_each: float = 0.05  # of an instance in a move, running mean
+    seconds_each: float = 0.0  # of an instance in a move, running mean; 0: not seen yet
     minds_hours: bool = False  # a timer runs to when its hours begin or end
     busy_streak: int = 0
     good_moves: int = 0  # since the window was changed
@@ -251,7 +251,8 @@ class Pacs:
     def learn_speed(self, move: Move, now: float) -> None:
         """Take into account how long a move took for what it brought; too few instances tell nothing."""
         if move.arrived >= 8:
-            self.seconds_each += 0.2 * ((now - move.started) / move.arrived - self.seconds_each)
+            seen = max(1e-4, (now - move.started) / move.arrived)
+            self.seconds_each = 0.8 * self.seconds_each + 0.2 * seen if self.seconds_each else seen
 
     def widen(self) -> None:
         """A move ended well: after as many of them as fit beside each other, try one more at a time."""
@@ -276,7 +277,7 @@ class Store:
 
 
 def size_of_move(
-    batch: Batch, *, time_left: float | None = None, longest: float = 20.0, min_share: int = 32, slack: float = 1.25
+    batch: Batch, *, time_left: float | None = None, longest: float = 20.0, shortest: float = 0.3, slack: float = 1.25
 ) -> tuple[Level, int]:
     """Return the level at which a batch is moved next, and how many instances at most.
 
@@ -288,11 +289,10 @@ def size_of_move(
     ----------
     time_left : float, optional
         Seconds after which nothing more is started, until all moves have ended: they are to end together.
-    longest : float
-        Seconds that a move may take, by what was seen of the PACS: who is more urgent waits for moves that run.
-    min_share : int
-        Instances below which a share is not worth a move: an association and an identifier cost a PACS about as much
-        as some instances.
+    longest, shortest : float
+        Seconds that a move is to take at most, because who is more urgent waits for moves that run, and at least,
+        because an association and an identifier cost a PACS some milliseconds too. By what was seen of the PACS; until
+        then it is taken for a fast one.
     slack : float
         A series may be that much larger than a share before it is split.
     """
@@ -300,8 +300,9 @@ def size_of_move(
     pacs, budget = head.pacs, head.pacs.budget
     limit = 1 if head.one_by_one or pacs.lists_fail else budget.uid_list_limit
     even = -(-(pacs.queued.get(head.accept, 0) + pacs.moving) // pacs.window)
-    even = min(even, int(min(longest, longest if time_left is None else time_left) / pacs.seconds_each))
-    share = max(min_share, even)
+    seconds_each = pacs.seconds_each or 0.01
+    even = min(even, int(min(longest, longest if time_left is None else time_left) / seconds_each))
+    share = max(1, int(shortest / seconds_each), even)
     if budget.bytes_per_second:  # moves of at most some seconds, so that the rate is even
         share = max(1, min(share, int(10 * budget.bytes_per_second / head.estimate)))
     if budget.level != "image" and batch.is_whole:
