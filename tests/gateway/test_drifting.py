@@ -19,7 +19,7 @@ from xca_imaging.gateway.drifting import Comparison, RegisteredManifest, by_stud
 from xca_imaging.imaging import manifest
 from xca_imaging.imaging.manifest import Manifest
 from xca_imaging.imaging.study import StudyContents
-from xca_imaging.metadata.model import DocumentEntry
+from xca_imaging.metadata.model import DocumentEntry, Identifier
 
 SINCE, UNTIL = date(2026, 1, 1), date(2026, 1, 8)  # the made-up studies are of 2026-01-02
 
@@ -116,7 +116,7 @@ async def test_another_patient_is_other_content(desk: Desk) -> None:
 
 async def test_a_patient_given_by_hand_is_no_drift(desk: Desk) -> None:
     desk.hold(studies.study())  # without numbers: it is read
-    given = replace(desk.publisher, patient_id=replace(desk.publisher._owner(studies.study()), id="AD-1"))
+    given = replace(desk.publisher, patient_id=Identifier("AD-1", "1.2.3.4.5"))
     assert (await given.attempt(studies.STUDY)).patient_id.startswith("AD-1^^^")
     assert await drift(desk) == []
 

@@ -19,6 +19,7 @@ from xca_imaging.gateway.publications import Publications
 from xca_imaging.gateway.publishing import Published, Publisher
 from xca_imaging.imaging import manifest
 from xca_imaging.imaging.study import InstanceFacts, SeriesContents, SeriesFacts, StudyContents
+from xca_imaging.metadata.model import Identifier
 from xca_imaging.transactions.registry_response import RegistryResponse
 
 IMAGES = [f"{studies.STUDY}.1.{number}" for number in (1, 2)]
@@ -230,3 +231,20 @@ async def test_what_could_not_be_deprecated_under_the_old_patient_is_tried_again
 
 async def _refuse(submission: object) -> RegistryResponse:
     return RegistryResponse(uids.STATUS_FAILURE, (RegistryMetadataError("no"),))
+
+
+async def test_a_patient_given_by_hand_stays_until_the_department_has_another(desk: Desk) -> None:
+    by_hand = replace(desk.publisher, patient_id=Identifier("AD-1", "1.2.3.4.5"))
+    desk.hold(studies.study())
+    assert (await by_hand.attempt(studies.STUDY)).patient_id == "AD-1^^^&1.2.3.4.5&ISO"
+    assert (await desk.publish()).outcome == "unchanged"
+    desk.hold(studies.study(studies.series(count=3)))
+    result = await desk.publish()
+    assert (result.outcome, result.patient_id) == ("replaced", "AD-1^^^&1.2.3.4.5&ISO")
+    desk.hold(studies.study(studies.series(count=3), patient=replace(studies.PATIENT, id="DEPT-2")))
+    result = await desk.publish()
+    assert (result.outcome, result.patient_id) == ("registered", f"DEPT-2^^^&{studies.AUTHORITY}&ISO")
+    assert [entry.patient_id for entry in desk.registry.approved] == [result.patient_id]
+    # what was not given is not kept: the department's own id follows the department
+    desk.hold(studies.study(studies.series(count=3)))
+    assert (await desk.publish()).patient_id == f"DEPT-1^^^&{studies.AUTHORITY}&ISO"

@@ -17,6 +17,7 @@ RECORD = StudyRecord(
     study_instance_uid="1.2.3",
     day="20260304",
     patient_id="P^^^&1.2&ISO",
+    given_for="D^^^1.3",
     seen="a",
     published="b",
     series="c",

@@ -32,6 +32,7 @@ CREATE TABLE IF NOT EXISTS studies (
     study_instance_uid TEXT NOT NULL,
     day TEXT NOT NULL,
     patient_id TEXT NOT NULL,
+    given_for TEXT NOT NULL,
     seen TEXT NOT NULL,
     published TEXT NOT NULL,
     series TEXT NOT NULL,
@@ -66,6 +67,8 @@ class StudyRecord:
         Its Study Date (0008,0020) when it was seen last, YYYYMMDD: by it a sweep finds what it misses.
     patient_id : str
         CX under which it is registered; empty while it is not.
+    given_for : str
+        Where a person gave that CX: the department's patient that it was given for. Empty otherwise.
     seen, published, series : str
         Signatures: of the study as the last sweep saw it, of the study that a sweep published, and of the series that
         were published.
@@ -79,6 +82,7 @@ class StudyRecord:
     study_instance_uid: str
     day: str = ""
     patient_id: str = ""
+    given_for: str = ""
     seen: str = ""
     published: str = ""
     series: str = ""
@@ -142,7 +146,7 @@ class Publications:
 
     def remember(self, record: StudyRecord) -> None:
         """Write a study's record."""
-        self._do("INSERT OR REPLACE INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", *astuple(record))
+        self._do("INSERT OR REPLACE INTO studies VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", *astuple(record))
 
     def forget(self, pacs: str, study_instance_uid: str) -> None:
         """Forget a study that is neither there nor registered."""

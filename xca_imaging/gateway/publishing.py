@@ -167,8 +167,9 @@ class Publisher:
     memory : Publications, optional
         Where publications are remembered, and by which nobody else publishes the same study meanwhile.
     patient_id : Identifier, optional
-        Of the affinity domain, for all studies. Without it the department's own id is registered, with the issuer
-        found in the images, else with `pacs.assigning_authority`.
+        Of the affinity domain, for all studies. Without it a study stays with the id that was given for it before,
+        or is registered with the department's own: with the issuer found in the images, else with
+        `pacs.assigning_authority`.
     with_reports : bool
         Register encapsulated PDF and CDA as documents of their own, too.
     executor : Executor, optional
@@ -232,16 +233,17 @@ class Publisher:
             except StudyNotFound:
                 return await self._withdraw(study_instance_uid, f"{self.pacs.name} has no such study", self.patient_id)
             rejected = await self._rejected(contents)
+            owner = await self._owner(contents)
             if not contents.number_of_instances:
-                return await self._withdraw(study_instance_uid, "it has no instances", self._owner(contents))
+                return await self._withdraw(study_instance_uid, "it has no instances", owner)
             if not contents.without(rejected).number_of_instances:
-                reason, owner = "all its instances are rejected", self._owner(contents)
+                reason = "all its instances are rejected"
                 if not await self._registered(study_instance_uid, owner):
                     # As it should be, and there is nothing to try again.
                     await self._remember(contents, "")
                     return Published(study_instance_uid=study_instance_uid, outcome="unchanged", reason=reason)
                 return await self._withdraw(study_instance_uid, reason, owner)
-            registered = await self._registered(study_instance_uid, self._owner(contents))
+            registered = await self._registered(study_instance_uid, owner)
             prepared = await self._prepare(contents, rejected, registered)
             return await self._register(prepared, contents)
 
@@ -272,7 +274,7 @@ class Publisher:
     ) -> Prepared:
         contents = contents.without(rejected)
         patient = contents.facts.patient
-        registered_as = self._owner(contents)
+        registered_as = await self._owner(contents)
         # An id without a known domain is in the domain of its PACS, of which we know one OID.
         source_authority = _authority(patient, self.pacs) or self.pacs.retrieve_location_uid
         source_patient_id = Identifier(escape(patient.id), source_authority) if patient.id else registered_as
@@ -400,10 +402,13 @@ class Publisher:
         if self.memory is None:
             return
         record = await self.run(self.memory.study, self.pacs.name, contents.facts.study_instance_uid)
+        department = _department(contents.facts.patient)
+        is_given = self.patient_id is not None or (record.patient_id, record.given_for) == (patient_id, department)
         record = replace(
             record,
             day=contents.facts.day,
             patient_id=patient_id,
+            given_for=department if is_given else "",
             series=series_signature(series.facts for series in contents.series),
         )
         await self.run(self.memory.remember, record)
@@ -495,9 +500,16 @@ class Publisher:
                 found.append((entry, manifest))
         return sorted(found, key=lambda each: (each[0].creation_time, each[0].unique_id), reverse=True)
 
-    def _owner(self, contents: StudyContents) -> Identifier:
-        """Return whose study it is to the registry."""
-        return self.patient_id or _own_identifier(contents.facts.patient, self.pacs)
+    async def _owner(self, contents: StudyContents) -> Identifier:
+        """Return whose study it is to the registry: who was given for it, as long as it is of the same patient."""
+        if self.patient_id is not None:
+            return self.patient_id
+        patient = contents.facts.patient
+        if self.memory is not None:
+            record = await self.run(self.memory.study, self.pacs.name, contents.facts.study_instance_uid)
+            if record.given_for == _department(patient) and record.patient_id:
+                return identifier_of(record.patient_id)
+        return _own_identifier(patient, self.pacs)
 
 
 def publishers_of(
@@ -541,6 +553,11 @@ def is_ours(manifest: Manifest, pacs: Pacs) -> bool:
     return (manifest.title.code, manifest.title.scheme) == (title.code, title.scheme) and {
         series.retrieve_location_uid for study in manifest.studies for series in study.series
     } == {pacs.retrieve_location_uid}
+
+
+def _department(patient: Patient) -> str:
+    """Return what tells a patient of the department from others."""
+    return f"{patient.id}^^^{patient.issuer_oid or patient.issuer}"
 
 
 def _authority(patient: Patient, pacs: Pacs) -> str:
