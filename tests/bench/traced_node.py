@@ -52,9 +52,9 @@ class _TracedIncoming:
         self._incoming, self._association, self._size = incoming, association, 0
         self.discard = incoming.discard
 
-    def write(self, data: memoryview) -> None:
-        self._size += len(data)
-        self._incoming.write(data)
+    def write(self, *data: memoryview) -> None:
+        self._size += sum(map(len, data))
+        self._incoming.write(*data)
 
     def commit(self) -> int:
         status = self._incoming.commit()
@@ -67,8 +67,8 @@ class TracedTransfers(Transfers):
 
     async def start(self) -> None:
         await super().start()
-        for name, backends in self._backends.items():
-            self._backends[name] = {method: _TracedMove(each) for method, each in backends.items()}
+        for name, backends in self._moves.backends.items():
+            self._moves.backends[name] = {method: _TracedMove(each) for method, each in backends.items()}
 
     def begin(self, request: StoreRequest) -> Incoming | int:
         _note("instance begun", association=request.association.id)

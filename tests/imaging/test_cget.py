@@ -241,7 +241,7 @@ async def test_what_the_receiver_refuses_is_refused_to_the_pacs() -> None:
 class Full(Collector):
     def begin(self, request: StoreRequest) -> Kept | int:
         class NoRoom(Kept):
-            def write(self, data: memoryview) -> None:
+            def write(self, *data: memoryview) -> None:
                 raise OSError(28, "no space left")
 
         return NoRoom(request)

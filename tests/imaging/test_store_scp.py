@@ -54,10 +54,11 @@ class ScriptedIncoming:
         self.receiver, self.request = receiver, request
         self.data = bytearray()
 
-    def write(self, data: memoryview) -> None:
+    def write(self, *data: memoryview) -> None:
         if self.receiver.write_error is not None:
             raise self.receiver.write_error
-        self.data += data
+        for piece in data:
+            self.data += piece
 
     def commit(self) -> int:
         if self.receiver.commit_error is not None:
@@ -257,8 +258,8 @@ class _Spooling:
     def __init__(self, writer: SpoolWriter) -> None:
         self.writer = writer
 
-    def write(self, data: memoryview) -> None:
-        self.writer.write(data)
+    def write(self, *data: memoryview) -> None:
+        self.writer.write(*data)
 
     def commit(self) -> int:
         self.writer.commit()

@@ -223,7 +223,7 @@ class NoRoom(Kept):
         super().__init__(request)
         self.kept = kept
 
-    def write(self, data: memoryview) -> None:
+    def write(self, *data: memoryview) -> None:
         raise OSError(28, "no space left")
 
     def discard(self, reason: str) -> None:

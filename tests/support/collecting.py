@@ -19,8 +19,9 @@ class Kept:
     status: int | None = None
     discarded: str = ""
 
-    def write(self, data: memoryview) -> None:
-        self.data += data
+    def write(self, *data: memoryview) -> None:
+        for piece in data:
+            self.data += piece
 
     def commit(self) -> int:
         self.status = 0x0000

@@ -22,7 +22,7 @@ OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
 class Dropped:
     """An instance that we own already: received, answered with Success, forgotten."""
 
-    def write(self, data: memoryview) -> None:
+    def write(self, *data: memoryview) -> None:
         """Forget it."""
 
     def commit(self) -> int:
@@ -131,15 +131,15 @@ class SpoolingArrival(Arrival):
             return OUT_OF_RESOURCES
         return self
 
-    def write(self, data: memoryview) -> None:
+    def write(self, *data: memoryview) -> None:
         """Append to the file."""
         assert self.writer is not None
         try:
-            self.writer.write(data)
+            self.writer.write(*data)
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
             raise
-        self.progress(len(data))
+        self.progress(sum(map(len, data)))
 
     def commit(self) -> int:
         """Own it."""

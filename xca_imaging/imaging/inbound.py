@@ -94,14 +94,14 @@ class Inbound:
         if not command.has_data_set:
             self._finish()
 
-    def take(self, fragment: pdu.Fragment) -> None:
-        """Pass a piece of the data set on, or drop it when nobody wants it."""
-        if self._incoming is not None and fragment.data:
+    def take(self, is_last: bool, *data: memoryview) -> None:
+        """Pass pieces of the data set on, or drop them when nobody wants it; `is_last` when it ends with them."""
+        if self._incoming is not None:
             try:
-                self._incoming.write(fragment.data)
+                self._incoming.write(*data)
             except Exception as exc:
                 self._fail(exc)
-        if fragment.is_last:
+        if is_last:
             self._finish()
 
     def drop(self, reason: str) -> None:
@@ -220,12 +220,13 @@ class _Notification:
         self._data = bytearray()
         self._is_too_long = False
 
-    def write(self, data: memoryview) -> None:
-        if len(self._data) + len(data) > MAX_NOTIFICATION:
-            self._is_too_long = True
-            self._data.clear()
-        if not self._is_too_long:
-            self._data += data
+    def write(self, *data: memoryview) -> None:
+        for piece in data:
+            if len(self._data) + len(piece) > MAX_NOTIFICATION:
+                self._is_too_long = True
+                self._data.clear()
+            if not self._is_too_long:
+                self._data += piece
 
     def commit(self) -> int | Later[int]:
         if self._is_too_long:

@@ -80,8 +80,8 @@ class StoreRequest(NamedTuple):
 class Incoming(Protocol):
     """An instance on its way in. After `commit` or `discard` it is not used any more."""
 
-    def write(self, data: memoryview) -> None:
-        """Take the next bytes of the data set; the view is valid during the call only.
+    def write(self, *data: memoryview) -> None:
+        """Take the next bytes of the data set, in one piece or several; the views are valid during the call only.
 
         SpoolFull and OSError are answered with status A700H; the rest of the data set is read and dropped.
         """

@@ -43,7 +43,7 @@ from xxhash import xxh3_128
 from xca_imaging.errors import SpoolFull
 from xca_imaging.imaging.file_meta import encode_file_meta
 from xca_imaging.imaging.receiver import Incoming, Later, PeerAssociation, StoreRequest
-from xca_imaging.imaging.spool_writing import raise_mapped
+from xca_imaging.imaging.spool_writing import raise_mapped, write_pieces
 from xca_imaging.imaging.store_connection import StoreConnection
 from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.wire.dimse import STATUS_OUT_OF_RESOURCES
@@ -415,16 +415,17 @@ class _File:
             sibling.give_back(self.size)
             raise_mapped(exc)
 
-    def write(self, data: memoryview) -> None:
+    def write(self, *data: memoryview) -> None:
         """Append to the file, unless it is refused."""
         if self._is_done:
             return
-        length = len(data)
+        length = sum(map(len, data))
         try:
             self._sibling.charge(length)
             self.size += length
-            self._checksum.update(data)
-            self._append(data)
+            for piece in data:
+                self._checksum.update(piece)
+            self._append(*data)
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
             raise
@@ -434,14 +435,13 @@ class _File:
             self._sibling.tell("progress", self._store, self._untold)
             self._untold, self._told_at = 0, now
 
-    def _append(self, data: memoryview) -> None:
-        head, self._head = self._head, b""
+    def _append(self, *data: memoryview) -> None:
         try:
-            written = os.writev(self._fd, (head, data)) if head else os.write(self._fd, data)
-            if written < len(head) + len(data):
-                rest = memoryview(head + data if head else data)[written:]
-                while rest:
-                    rest = rest[os.write(self._fd, rest) :]
+            if self._head:
+                write_pieces(self._fd, memoryview(self._head), *data)
+                self._head = b""
+            else:
+                write_pieces(self._fd, *data)
         except OSError as exc:
             raise_mapped(exc)
 
@@ -456,7 +456,7 @@ class _File:
             self._sibling.forget(self._store)
             return self._refused
         if self._head:
-            self._append(memoryview(b""))
+            self._append()
         os.close(self._fd)
         self._is_done = True
         try:

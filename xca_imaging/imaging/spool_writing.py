@@ -55,6 +55,15 @@ def _write_all(fd: int, view: memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
+def write_pieces(fd: int, *pieces: memoryview) -> None:
+    """Write all pieces, in one go unless the kernel cuts it short."""
+    written = os.writev(fd, pieces) if len(pieces) > 1 else os.write(fd, pieces[0])
+    for piece in pieces:
+        if written < len(piece):
+            _write_all(fd, piece[written:])
+        written = max(0, written - len(piece))
+
+
 class _Writer:
     """A file that is being written within the quota; it is either committed or leaves nothing behind."""
 
@@ -142,26 +151,23 @@ class SpoolWriter(_Writer):
         """True once committed or discarded."""
         return self._is_done
 
-    def write(self, data: memoryview) -> None:
-        """Append the next bytes of the data set; `data` is not kept."""
-        length = len(data)
-        # _charge, spelled out: this runs once per fragment.
+    def write(self, *data: memoryview) -> None:
+        """Append the next bytes of the data set, in one piece or several; `data` is not kept."""
+        length = sum(map(len, data))
+        # _charge, spelled out: this runs once per read.
         spool = self._spool
         if spool.used_bytes + length > spool._limit:
             spool._make_room(length)
         spool.used_bytes += length
         self.size += length
-        self._checksum.update(data)
+        for piece in data:
+            self._checksum.update(piece)
         try:
             if self._head:  # File Meta Information goes out with the first bytes: one write for a small object
-                head, self._head = self._head, b""
-                written = os.writev(self._fd, (head, data))
-                if written < len(head) + length:
-                    _write_all(self._fd, memoryview(head + data)[written:])
+                write_pieces(self._fd, memoryview(self._head), *data)
+                self._head = b""
             else:
-                written = os.write(self._fd, data)
-                if written < length:
-                    _write_all(self._fd, data[written:])
+                write_pieces(self._fd, *data)
         except OSError as exc:
             raise_mapped(exc)
         self.written = self.size

@@ -32,6 +32,9 @@ _ALIGN_FROM = 64 * 1024
 
 _NEXT_HEADER = 12  # bytes of a P-DATA-TF before its first data
 
+_MOST_PIECES = 256
+"""Pieces of a data set written at once; writev(2) takes 1024."""
+
 _SPARE = 16 * 1024
 """Bytes read at most of a peer that asks on before it is answered."""
 
@@ -186,8 +189,12 @@ class StoreConnection(asyncio.BufferedProtocol):
     # --- time and transport ---------------------------------------------------------------------------------------
 
     def _process(self, items: Iterator[pdu.Pdu | pdu.Fragment]) -> None:
-        """Carry out what was received, up to a request that must wait for its answer."""
+        """Carry out what was received, up to a request that must wait for its answer.
+
+        The pieces of a data set that one read has brought are passed on together: one write for all of them.
+        """
         fragment, messages = pdu.Fragment, self._messages
+        pieces: list[memoryview] = []
         try:
             for item in items:
                 if isinstance(item, fragment):
@@ -197,12 +204,17 @@ class StoreConnection(asyncio.BufferedProtocol):
                     if command is not None:
                         inbound.start(item.context_id, command)
                     elif not item.is_command:
-                        inbound.take(item)
+                        pieces.append(item.data)
+                        if item.is_last or len(pieces) == _MOST_PIECES:
+                            taken, pieces = pieces, []
+                            inbound.take(item.is_last, *taken)
                     if inbound.is_waiting:
                         self._unread = items
                         return
                 else:
                     self._indicate(item)
+            if pieces and self._inbound is not None:
+                self._inbound.take(False, *pieces)
         except DicomProtocolError as error:
             self._layer.refuse(error)
 

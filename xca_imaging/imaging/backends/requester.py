@@ -554,7 +554,7 @@ class Association(asyncio.BufferedProtocol):
     def _take(self, fragment: pdu.Fragment) -> None:
         if self._response is None:
             if self._inbound is not None:
-                self._inbound.take(fragment)
+                self._inbound.take(fragment.is_last, fragment.data)
             return
         if len(self._data) + len(fragment.data) > MAX_IDENTIFIER:
             text = f"data set of a response over {MAX_IDENTIFIER} bytes"

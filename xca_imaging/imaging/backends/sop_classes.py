@@ -201,9 +201,10 @@ class _Look:
         self._looker, self._request, self._wants_header = looker, request, wants_header
         self._head = bytearray()
 
-    def write(self, data: memoryview) -> None:
-        if self._wants_header and len(self._head) < _HEADER:
-            self._head += data
+    def write(self, *data: memoryview) -> None:
+        for piece in data:
+            if self._wants_header and len(self._head) < _HEADER:
+                self._head += piece
 
     def commit(self) -> int:
         learnt, request = self._looker.learnt, self._request
