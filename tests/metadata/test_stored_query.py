@@ -285,6 +285,7 @@ MULTI_QUERIES = _requests(MULTIPLE_PATIENTS)
 @given(query=QUERIES, max_value=st.integers(1, 300))
 def test_what_is_written_is_read_again(query, max_value):
     element = adhoc_query.encode_adhoc_query(query, max_value=max_value)
+    schemas.assert_valid(element)
     assert adhoc_query.decode_adhoc_query(element) == query
     assert adhoc_query.decode_adhoc_query(xml.parse(xml.serialize(element))) == query
 

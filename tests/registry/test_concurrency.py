@@ -115,7 +115,9 @@ while True:
 """
 
 
-@pytest.mark.parametrize("acknowledged", [1, 7, 30])
+@pytest.mark.parametrize(
+    "acknowledged", [1, 7, 30, pytest.param(3000, marks=[pytest.mark.slow, pytest.mark.timeout(300)])]
+)
 def test_what_was_acknowledged_before_a_kill_is_whole(url: str, tmp_path: Path, acknowledged: int) -> None:
     folder = tmp_path / "documents"
     with subprocess.Popen(
@@ -130,7 +132,7 @@ def test_what_was_acknowledged_before_a_kill_is_whole(url: str, tmp_path: Path, 
         heard += [line.strip() for line in victim.stdout if line.endswith("\n")]
     assert "" not in heard
 
-    registry = Registry.open(url, home_community_id=HOME)
+    registry = Registry.open(url, home_community_id=HOME, max_results=0)
     repository = Repository(registry, folder, repository_unique_id="1.3.6.1.4.1.21367.2017.1.2")
     approved = (uids.APPROVED,)
     query = GetAll(patient_id=PATIENT, document_status=approved, submission_set_status=approved, folder_status=approved)

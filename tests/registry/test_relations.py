@@ -24,6 +24,7 @@ from tests.registry.samples import (
     submission,
 )
 from tests.registry.test_search import ON_DEMAND
+from tests.transactions import schemas
 from xca_imaging import errors, uids
 from xca_imaging.metadata.model import Association, Author, DocumentEntry, Folder, SubmissionSet
 from xca_imaging.metadata.stored_query import (
@@ -45,6 +46,9 @@ from xca_imaging.metadata.stored_query import (
 )
 from xca_imaging.registry import Registry
 from xca_imaging.registry.tables import ObjectRow
+from xca_imaging.transactions import iti18
+from xca_imaging.transactions.registry_response import response_to
+from xca_imaging.wire import xml
 
 APPROVED = (uids.APPROVED,)
 BOTH = (uids.APPROVED, uids.DEPRECATED)
@@ -71,7 +75,10 @@ class Loaded:
 
     def names(self, query: Query) -> list[str]:
         """Return the names of what a query finds; associations are `source>target`. References are the same."""
-        found = decoded(self.registry.query(StoredQuery(query)).fragments)
+        answer = self.registry.query(StoredQuery(query))
+        found = decoded(answer.fragments)
+        body = xml.parse(b"".join(iti18.encode_response_fragments(response_to(), answer.fragments)))
+        schemas.assert_valid(body)
         refs = self.registry.query(StoredQuery(query, "ObjectRef")).refs
         assert [ref.id for ref in refs] == [item.entry_uuid for item in found]
         assert {ref.home_community_id for ref in refs} <= {HOME}
