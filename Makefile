@@ -4,6 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 CHECKS := $(VENV)/.checks
+BENCH  := $(VENV)/.bench
 
 .PHONY: run test peers check conformance bench install
 
@@ -41,7 +42,11 @@ check: $(CHECKS)
 conformance: $(READY)
 	$(BIN)/python -m conformance $(CONFORMANCE)
 
-bench: $(READY)
+$(BENCH): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable '.[test,bench]'
+	@touch $@
+
+bench: $(BENCH)
 	$(BIN)/python -m tests.bench
 
 PEERS := orthanc orthanc-dicomweb dcmtk gsoap xmlsec1 postgresql
