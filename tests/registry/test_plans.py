@@ -11,7 +11,7 @@ from sqlalchemy.dialects import sqlite
 from tests.registry.samples import HOME, PATIENT, code
 from tests.registry.test_search import ACCESSION, STUDY, load
 from xca_imaging import uids
-from xca_imaging.metadata.stored_query import FindDocuments
+from xca_imaging.metadata.stored_query import FindDocuments, FindDocumentsForMultiplePatients
 from xca_imaging.registry import Registry, conditions
 
 
@@ -24,9 +24,10 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Registry]:
     registry.close()
 
 
-def plan(registry: Registry, query: FindDocuments) -> list[str]:
+def plan(registry: Registry, query: FindDocuments | FindDocumentsForMultiplePatients) -> list[str]:
     """Return SQLite's steps for a query."""
-    statement = conditions.find_documents(query, [query.patient_id])
+    patients = [query.patient_id] if isinstance(query, FindDocuments) else query.patient_ids
+    statement = conditions.find_documents(query, patients)
     compiled = str(
         statement.compile(
             dialect=sqlite.dialect(),  # type: ignore[no-untyped-call]
@@ -60,3 +61,18 @@ def test_find_documents_by_reference_id_uses_the_index_of_reference_ids(loaded: 
     steps = plan(loaded, query)
     assert [step for step in steps if "document_reference_ids USING PRIMARY KEY (reference_id=?" in step]
     assert not [step for step in steps if step.startswith("SCAN")]
+
+
+def test_a_search_over_all_patients_starts_from_a_code(loaded: Registry) -> None:
+    for asked, index in (
+        ({"class_codes": (code("a"),)}, "ix_document_entries_class_code (class_code=?)"),
+        (
+            {"healthcare_facility_type_codes": (code("a"),)},
+            "ix_document_entries_healthcare_facility_type_code (healthcare_facility_type_code=?)",
+        ),
+        ({"event_codes": ((code("x"),),)}, "ix_document_event_codes_code (code=?)"),
+    ):
+        query = FindDocumentsForMultiplePatients(status=(uids.APPROVED,), **asked)  # type: ignore[arg-type]
+        steps = plan(loaded, query)
+        assert any(index in step for step in steps), steps
+        assert not [step for step in steps if step.startswith("SCAN")]

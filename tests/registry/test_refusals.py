@@ -23,6 +23,7 @@ from tests.registry.samples import (
     REPOSITORY,
     association,
     code,
+    decoded,
     document,
     folder,
     into_folder,
@@ -33,7 +34,16 @@ from tests.registry.test_search import ON_DEMAND
 from tests.transactions import schemas
 from xca_imaging import uids
 from xca_imaging.errors import SubmissionRefused
-from xca_imaging.metadata.model import Author, DocumentEntry, Submission
+from xca_imaging.metadata.model import (
+    Author,
+    Classification,
+    DocumentEntry,
+    ExternalIdentifier,
+    Slot,
+    Submission,
+    Translation,
+)
+from xca_imaging.metadata.stored_query import GetDocuments, StoredQuery
 from xca_imaging.metadata.vocabulary import Vocabulary
 from xca_imaging.registry import Content, Registry, Repository
 from xca_imaging.registry.tables import Base, ObjectRow
@@ -188,6 +198,17 @@ ROWS: dict[str, tuple[Change, list[str]]] = {
     "referenceIdList without type": (entry(reference_ids=("a^^^&1.2&ISO",)), [METADATA]),
     "uniqueId too long": (entry(unique_id="1." + "2" * 130), [METADATA]),
     "title too long": (entry(title="t" * 129), [METADATA]),
+    "title in no language": (entry(title="t", title_language="en_US"), [METADATA]),
+    "a translation too long": (entry(translations=(Translation("comments", "t" * 1025, "de"),)), [METADATA]),
+    "an extra slot too long": (entry(extra_slots=(Slot("urn:example:x", ("v" * 257,)),)), [METADATA]),
+    "an extra classification too long": (
+        entry(extra_classifications=(Classification("urn:example:s", representation="v" * 257),)),
+        [METADATA],
+    ),
+    "an extra identifier too long": (
+        entry(extra_identifiers=(ExternalIdentifier("urn:example:s", "v" * 257),)),
+        [METADATA],
+    ),
     "author of nobody": (entry(authors=(Author(roles=("writer",)),)), [METADATA]),
     "authorPerson without name and id": (entry(authors=(Author(person="^^^^Dr"),)), [METADATA]),
     "authorInstitution without name": (entry(authors=(Author(institutions=("^^^^^^^^^1.2.3",)),)), [METADATA]),
@@ -338,7 +359,20 @@ def test_a_repository_says_it_in_its_own_code_and_stores_nothing(known: Known, r
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
-def test_what_is_right_is_accepted_beside_all_this(known: Known) -> None:
-    """Extra metadata are kept: no warning of XDSExtraMetadataNotSaved."""
-    registered = known.registry.register(iti42.decode_request(on_the_wire(again("document")(known))))
+def test_extra_metadata_are_kept_without_a_warning(known: Known) -> None:
+    """Hence never XDSExtraMetadataNotSaved. The message is right, also beside an entry of the same content."""
+    extra: dict[str, Any] = {
+        "extra_slots": (Slot("urn:example:slot", ("a", "b")),),
+        "extra_classifications": (
+            Classification("urn:example:scheme", "", "x", "X", (Slot("codingScheme", ("1.2",)),)),
+        ),
+        "extra_identifiers": (ExternalIdentifier("urn:example:identifier", "7", "seven"),),
+        "title": "Bild",
+        "title_language": "de",
+        "translations": (Translation("title", "Image", "fr"),),
+    }
+    registered = known.registry.register(iti42.decode_request(on_the_wire(again("document", **extra)(known))))
     assert registered.warnings == ()
+    query = StoredQuery(GetDocuments(entry_uuids=(registered.entry_uuids["again"],)))
+    [found] = decoded(known.registry.query(query).fragments)
+    assert {name: getattr(found, name) for name in extra} == extra

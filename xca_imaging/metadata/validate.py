@@ -34,6 +34,7 @@ from xca_imaging.metadata.model import (
     DocumentEntry,
     Folder,
     RegistryObject,
+    Slot,
     Submission,
     SubmissionSet,
 )
@@ -313,6 +314,11 @@ def _lengths(item: RegistryObject, limits: _Limits) -> Iterator[str]:
             yield f"comments are longer than {limits.text} characters"
         if len(item.unique_id) > limits.unique_id:
             yield f"uniqueId is longer than {limits.unique_id} characters"
+        yield from _texts(item, limits)
+    names = [classification.name for classification in item.extra_classifications]
+    names += [identifier.name for identifier in item.extra_identifiers]
+    if any(len(name) > limits.text for name in names):
+        yield f"a name is longer than {limits.text} characters"
     for attribute, text in _values(item):
         if len(text) > limits.value:
             yield f"{attribute} has a value longer than {limits.value} characters"
@@ -327,12 +333,15 @@ def _values(item: RegistryObject) -> Iterator[tuple[str, str]]:
         for code in _as_codes(getattr(item, field)):
             yield attribute, code.code
             yield attribute, code.scheme
-    for slot in item.extra_slots:
-        yield slot.name[:80], slot.name
-        for value in slot.values:
-            yield slot.name[:80], value
+    yield from _extra_values(item)
+    if isinstance(item, Association):
+        yield "PreviousVersion", item.previous_version
+        yield "AssociationPropagation", item.association_propagation
+        yield "OriginalStatus", item.original_status
+        yield "NewStatus", item.new_status
     if isinstance(item, DocumentEntry | SubmissionSet):
         for author in item.authors:
+            yield from _slot_values(author.extra_slots)
             yield "author", author.person
             for values in (author.institutions, author.roles, author.specialties, author.telecommunications):
                 for value in values:
@@ -353,6 +362,37 @@ def _values(item: RegistryObject) -> Iterator[tuple[str, str]]:
             yield "referenceIdList", value
     if not isinstance(item, Association):
         yield "patientId", item.patient_id
+
+
+def _extra_values(item: RegistryObject) -> Iterator[tuple[str, str]]:
+    """Return what IHE does not define, which is kept all the same."""
+    yield from _slot_values(item.extra_slots)
+    for classification in item.extra_classifications:
+        for text in (classification.scheme, classification.node, classification.representation):
+            yield "a classification", text
+        yield from _slot_values(classification.slots)
+    for identifier in item.extra_identifiers:
+        yield "an external identifier", identifier.scheme
+        yield "an external identifier", identifier.value
+
+
+def _slot_values(slots: Iterable[Slot]) -> Iterator[tuple[str, str]]:
+    for slot in slots:
+        yield slot.name[:80], slot.name
+        for value in slot.values:
+            yield slot.name[:80], value
+
+
+def _texts(item: DocumentEntry | SubmissionSet | Folder, limits: _Limits) -> Iterator[str]:
+    """Check what is written as rim:LocalizedString beside title and comments themselves."""
+    languages = [item.title_language, item.comments_language, *(text.language for text in item.translations)]
+    for language in languages:
+        if language and not datatypes.is_language(language):
+            yield f"xml:lang {language[:80]!r} is not a language tag"
+    for text in item.translations:
+        limit = limits.title if text.attribute == "title" else limits.text
+        if len(text.text) > limit:
+            yield f"a translation of {text.attribute} is longer than {limit} characters"
 
 
 def _association_type(association: Association) -> Iterator[str]:
