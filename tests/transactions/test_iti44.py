@@ -130,6 +130,24 @@ def test_a_message_with_identifiers_without_end_is_refused():
         iti44.decode_request(ITI44_ADD, message(ITI44_ADD, Added(many)))
 
 
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda element: element.attrib.pop("ITSVersion"),
+        lambda element: element.remove(element.find("{*}creationTime")),
+        lambda element: element.remove(element.find("{*}controlActProcess")),
+        lambda element: element.append(element.find("{*}id")),
+    ],
+    ids=["version", "time", "act", "order"],
+)
+def test_what_the_published_schema_refuses_ours_refuses(break_it):
+    element = message(*MESSAGES[0])
+    break_it(element)
+    assert not schemas.ours().validate(element)
+    published = schemas.published_hl7v3("PRPA_IN201301UV02")
+    assert published is None or not published.validate(element)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_message_of_zeep_by_the_published_wsdl_is_read(tmp_path):
@@ -181,5 +199,6 @@ def test_a_message_of_zeep_by_the_published_wsdl_is_read(tmp_path):
             ],
         },
     )
-    (body,) = sent.find("{*}Body")
+    (body,) = etree.fromstring(etree.tostring(sent)).find("{*}Body")
+    schemas.assert_valid(body)
     assert iti44.decode_request(ITI44_REVISE, body).message.feed == Revised((SURVIVOR,))

@@ -95,6 +95,7 @@ def _sent(wsdl: str, operation: str, **arguments) -> etree._Element:
     client = zeep.Client(str(Path(shared_path(f"schemas/ipf-xds/{wsdl}.wsdl"))))
     message = client.create_message(client.service, operation, **arguments)
     (body,) = etree.fromstring(etree.tostring(message)).find("{*}Body")
+    schemas.assert_valid(body)
     return body
 
 

@@ -7,7 +7,8 @@ A submission of an update is read as operations, one for each association from i
     SubmitAssociation                  a new association between registered objects
 
 The SubmissionSet and these associations are registered too: they say who changed what, and when. Versions of an object
-share `lid`; the newest has the highest number, the ones before it are deprecated.
+share `lid`; the newest has the highest number, the ones before it are deprecated. XDSMetadataIdentifierError,
+XDSMetadataAnnotationError and XDSObjectTypeError are the codes of the restricted update (ITI-92) and not used here.
 
 References
 ----------
