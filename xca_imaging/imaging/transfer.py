@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from xca_imaging import settings
-from xca_imaging.errors import PeerError, PeerRefused, RegistryError, RepositoryBusy, RepositoryError
+from xca_imaging.errors import RegistryError, RepositoryBusy, RepositoryError
 from xca_imaging.imaging import decisions as d
 from xca_imaging.imaging.arrival import Arrival, Dropped, SpoolingArrival
-from xca_imaging.imaging.backends import Backend, MoveJob, MoveResult, make_backends
+from xca_imaging.imaging.backends import make_backends
 from xca_imaging.imaging.backends.cfind import Queries
 from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.backpressure import Backpressure
@@ -36,6 +36,7 @@ from xca_imaging.imaging.facts import Facts
 from xca_imaging.imaging.holdings import Arrived, Begun, Brought, Failed, Transfer
 from xca_imaging.imaging.identity import Identities
 from xca_imaging.imaging.ledger import Want
+from xca_imaging.imaging.moves import Moves
 from xca_imaging.imaging.part10 import Part10Error, identify
 from xca_imaging.imaging.plan import FetchPlan, SeriesFetch, build
 from xca_imaging.imaging.receiver import Incoming, PeerAssociation, Receiving, StoreRequest
@@ -103,8 +104,6 @@ class Transfers:
         What the spool has, and what transcodes it.
     backpressure : Backpressure
         What stands still for slow consumers; from `start` on.
-    moves_started : int
-        Asked of PACSs so far, by whatever method.
     """
 
     # Mutable state: the scheduler; requests that are open, and by number; stores, moves and queries (their slot) by
@@ -129,7 +128,6 @@ class Transfers:
         self.listener: tuple[str, int] = ("127.0.0.1", 11112)
         self.receiving: Receiving | None = None
         self.on_availability: Callable[[str | None, bytes, str], int] | None = None
-        self.moves_started = 0
         self._settings = {each.name: each for each in pacs}
         self._routes = {each.retrieve_location_uid: each.name for each in pacs}
         self._ae_title, self._spool, self._tls, self._https = ae_title, spool, tls, https
@@ -147,7 +145,7 @@ class Transfers:
             backoff=backoff,
         )
         self._executor = ThreadPoolExecutor(_READERS, "transfer")
-        self._backends: dict[str, Mapping[d.Method, Backend]] = {}
+        self._moves = Moves(self._take_word_of_move, self._note_every)
         self._associations: dict[str, Associations] = {}
         self._finders: dict[str, Queries] = {}
         self._facts = Facts(self._routes, self._slot)
@@ -157,14 +155,17 @@ class Transfers:
         self._open: dict[Transfer, _Request] = {}
         self._requests: dict[int, _Request] = {}
         self._stores: dict[int, Arrival] = {}
-        self._moves: dict[int, asyncio.Task[MoveResult]] = {}
         self._queries: dict[int, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._answer: d.AcceptStore | d.DropStore | d.RefuseStore | None = None
         self._begun: list[tuple[Transfer, Want]] = []
         self._timer: asyncio.TimerHandle | None = None
-        self._idle = asyncio.Event()
         self._closing = False
+
+    @property
+    def moves_started(self) -> int:
+        """Moves asked of PACSs so far, by whatever method."""
+        return self._moves.started
 
     # --- life -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class Transfers:
                 receiver=self,
                 connect_timeout=self._connect_timeout,
             )
-            self._backends[name] = make_backends(
+            self._moves.backends[name] = make_backends(
                 associations,
                 ae_title=self._ae_title,
                 listener=self.listener,
@@ -215,23 +216,13 @@ class Transfers:
                 self._withdraw(request)
                 request.transfer.fail_open(RepositoryBusy("this imaging source is going down"))
             await asyncio.gather(*late)
-        for move in self._moves.values():
-            move.cancel()
+        self._moves.cancel_all()
         await self._facts.close()
         for task in tuple(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.stock.transcoders.close()
-        if self._moves:
-            self._idle.clear()
-            try:
-                async with asyncio.timeout(self._close_timeout):
-                    await self._idle.wait()
-            except TimeoutError:
-                _log.warning("%d moves did not end within %g s", len(self._moves), self._close_timeout)
-        for backends in self._backends.values():
-            for backend in backends.values():
-                await backend.close()
+        await self._moves.close(self._close_timeout)
         for associations in self._associations.values():
             await associations.close()
         if self._timer is not None:
@@ -430,7 +421,7 @@ class Transfers:
 
     def _readers(self, association: PeerAssociation) -> Iterable[Receiving]:
         if association.pacs is not None:
-            return self._backends[association.pacs].values()
+            return self._moves.backends[association.pacs].values()
         return () if self.receiving is None else (self.receiving,)
 
     # --- C-FIND ---------------------------------------------------------------------------------------------------
@@ -482,10 +473,11 @@ class Transfers:
             case d.AcceptStore() | d.DropStore() | d.RefuseStore():
                 self._answer = decision
             case d.StartMove():
-                self._start_move(decision)
+                self.backpressure.start_move(decision.move, decision.instances)
+                self._moves.start(decision)
             case d.CancelMove(move, reason):
                 _log.info("move %d is cancelled: %s", move, reason)
-                self._moves[move].cancel()
+                self._moves.cancel(move)
             case d.StartQuery(query):
                 if not self._queries[query].done():
                     self._queries[query].set_result(None)
@@ -496,50 +488,9 @@ class Transfers:
                     self._timer.cancel()
                 self._timer = self._loop.call_at(time, self._step, d.Woke())
 
-    def _start_move(self, decision: d.StartMove) -> None:
-        move, backend = decision.move, self._backends[decision.pacs][decision.method]
-        job = MoveJob(
-            decision.level,
-            decision.study_instance_uid,
-            decision.series_instance_uid,
-            decision.instances if decision.level == "IMAGE" else (),
-            decision.accept,
-            decision.sop_classes,
-        )
-        count = len(decision.instances)
-        _log.info("%s: %s %d, %s level, %d instances", decision.pacs, decision.method, move, job.level, count)
-        self.backpressure.start_move(move, decision.instances)
-        said = self._loop.time()
-
-        def on_response(_: MoveResult) -> None:
-            nonlocal said
-            if self._loop.time() - said >= self._note_every:
-                said = self._loop.time()
-                self._step(d.MoveResponded(move))
-
-        self.moves_started += 1
-        task = self._moves[move] = self._loop.create_task(backend.move(job, on_response))
-        task.add_done_callback(lambda task: self._finish_move(move, backend, task))
-
-    def _finish_move(self, move: int, backend: Backend, task: asyncio.Task[MoveResult]) -> None:
-        del self._moves[move]
-        self.backpressure.finish_move(move)
-        if not self._moves:
-            self._idle.set()
-        error = asyncio.CancelledError() if task.cancelled() else task.exception()
-        match error:
-            case None:
-                result = task.result()
-                event = d.MoveFinished(move, result.status, result.completed, result.failed_uids, result.error_comment)
-            case asyncio.CancelledError():
-                event = d.MoveFinished(move, comment="cancelled")
-            case PeerError():
-                event = d.MoveFinished(move, error=error)
-            case _:
-                _log.error("a move failed by a defect", exc_info=error)
-                event = d.MoveFinished(
-                    move, error=PeerRefused(backend.pacs.name, f"internal error: {type(error).__name__}")
-                )
+    def _take_word_of_move(self, event: d.MoveResponded | d.MoveFinished) -> None:
+        if isinstance(event, d.MoveFinished):
+            self.backpressure.finish_move(event.move)
         self._step(event)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
