@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
+from alembic.script import ScriptDirectory
 from sqlalchemy import text
 
 from tests.registry.samples import HOME, PATIENT, decoded, document, submission
@@ -11,7 +14,7 @@ from xca_imaging.metadata import ebrim
 from xca_imaging.metadata.model import SubmissionSet
 from xca_imaging.metadata.stored_query import FindDocuments, StoredQuery
 from xca_imaging.registry import Registry
-from xca_imaging.registry.database import Database
+from xca_imaging.registry.database import MIGRATIONS, Database
 from xca_imaging.wire import xml
 
 OFFLINE = "urn:ihe:iti:2010:DocumentAvailability:Offline"
@@ -48,11 +51,20 @@ def write_0001(database: Database) -> None:
         connection.execute(text("INSERT INTO patients VALUES (:id)"), {"id": PATIENT})
 
 
-@pytest.mark.parametrize(("revision", "write"), [("0001", write_0001)])
-def test_a_database_of_an_older_revision_is_brought_up(url: str, revision: str, write: object) -> None:
+WRITERS = {"0001": write_0001}
+
+
+def test_each_revision_but_the_last_has_data_to_be_brought_up() -> None:
+    script = ScriptDirectory(str(MIGRATIONS))
+    assert {each.revision for each in script.walk_revisions()} - {script.get_current_head()} == set(WRITERS)
+
+
+@pytest.mark.parametrize(("revision", "write"), WRITERS.items())
+def test_a_database_of_an_older_revision_is_brought_up(
+    url: str, revision: str, write: Callable[[Database], None]
+) -> None:
     database = Database(url)
     database.migrate(revision)
-    assert callable(write)
     write(database)
     database.close()
 

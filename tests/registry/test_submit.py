@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import func, select, update
+from sqlalchemy import event, func, select, update
 
 from tests.registry.conftest import NOW
 from tests.registry.samples import (
@@ -128,6 +128,26 @@ def test_a_submission_of_many_documents_is_registered_whole(registry: Registry) 
 
 
 # --- Structure --------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_takes_few_statements(registry: Registry) -> None:
+    """Their number grows with chunks of it, not with its documents."""
+    statements: list[str] = []
+
+    def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+        statements.append(statement)
+
+    with registry.database.reading() as connection:
+        engine = connection.engine
+    event.listen(engine, "before_cursor_execute", note)
+    counts = []
+    for size in (100, 2000):
+        statements.clear()
+        registry.register(submission(*(document() for _ in range(size))))
+        counts.append(len(statements))
+    event.remove(engine, "before_cursor_execute", note)
+    assert counts[0] < 30
+    assert counts[1] < counts[0] + 40
 
 
 def test_a_message_that_is_wrong_in_itself_is_refused(registry: Registry) -> None:
