@@ -154,6 +154,22 @@ def test_queries_take_slots_before_moves() -> None:
     assert len(of(d.StartMove, b.step(d.QueryFinished(2, "main")))) == 1
 
 
+def test_a_flood_of_queries_does_not_keep_moves_out() -> None:
+    b = Bench(limit=1)
+    b.step(d.QueryAsked(1, "main"))
+    assert of(d.StartMove, b.ask(1, series(1, 1))) == []
+    queries = 1
+    while True:
+        b.step(d.QueryAsked(queries + 1, "main"))
+        out = b.step(d.QueryFinished(queries, "main"))
+        if of(d.StartMove, out):
+            break
+        assert of(d.StartQuery, out) == [d.StartQuery(queries + 1)]
+        queries += 1
+    assert queries == 16
+    assert of(d.StartQuery, b.deliver(of(d.StartMove, out)[0])) == [d.StartQuery(17)]
+
+
 def test_a_withdrawn_query_never_starts() -> None:
     b = Bench(limit=1)
     b.step(d.QueryAsked(1, "main"))

@@ -63,6 +63,10 @@ _UNIT = 512 * 1024
 """Bytes for which an instance counts once in an asker's share: a CT slice. Larger ones count by their size."""
 
 
+_QUERIES_IN_ROW = 16
+"""Queries that go before a move that waits: many, as they are short and requests begin with them, but not for ever."""
+
+
 class Scheduler:
     """The decisions of one node about all its PACSs.
 
@@ -354,14 +358,19 @@ class Scheduler:
 
     def _dispatch(self, pacs: Pacs, now: float) -> None:
         while pacs.has_slot and now >= pacs.pause_until:
-            if pacs.waiting_queries:
+            if pacs.waiting_queries and pacs.queries_in_row < _QUERIES_IN_ROW:
+                pacs.queries_in_row += 1
                 self._start_query(pacs, pacs.waiting_queries.popleft())
                 continue
+            pacs.queries_in_row = 0
+            batch = None
             ready_at = pacs.bucket.ready_at(now)
             if ready_at > now:
                 self._waitlist.at(ready_at, lambda time: self._waitlist.touch(pacs))
-                return
-            batch = pacs.queue.next(now, lambda batch: self._fits(pacs, batch, now))
+            else:
+                batch = pacs.queue.next(now, lambda batch: self._fits(pacs, batch, now))
+            if batch is None and pacs.waiting_queries:
+                continue
             if batch is None:
                 if self._recovery.give_up_waiting(pacs, now):
                     continue  # it may have stood before others

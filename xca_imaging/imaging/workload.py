@@ -196,6 +196,7 @@ class Pacs:
     moves: dict[Move, None] = field(default_factory=dict)
     queries: set[int] = field(default_factory=set)
     waiting_queries: deque[int] = field(default_factory=deque)
+    queries_in_row: int = 0  # started since a move had its turn
     queued: dict[Accept, int] = field(default_factory=dict)  # fetches in batches, by what is accepted
     moving: int = 0  # fetches that moves are to bring
     paused: dict[Fetch, None] = field(default_factory=dict)  # will be queued again
