@@ -29,7 +29,7 @@ from pynetdicom import _config as pynetdicom_config
 
 from xca_imaging import uids
 from xca_imaging.errors import SpoolFull
-from xca_imaging.imaging.receiver import Incoming, PeerAssociation, StoreRequest
+from xca_imaging.imaging.receiver import Incoming, Later, PeerAssociation, StoreRequest
 from xca_imaging.imaging.spool import Spool, SpoolWriter
 from xca_imaging.imaging.store_scp import StoreScp
 from xca_imaging.uids import is_uid
@@ -555,6 +555,75 @@ async def test_status_of_commit_is_the_answer(receiver: ScriptedReceiver) -> Non
         assert (await peer.read()).status == 0xA900
 
 
+class LateReceiver(ScriptedReceiver):
+    """A Receiver that answers when the test says so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.syntaxes: list[Later[Sequence[str] | None]] = []
+        self.statuses: list[Later[int]] = []
+
+    def accepted_syntaxes(self, association: PeerAssociation) -> Any:
+        super().accepted_syntaxes(association)
+        self.syntaxes.append(Later())
+        return self.syntaxes[-1]
+
+    def begin(self, request: StoreRequest) -> Any:
+        incoming: Any = super().begin(request)
+        self.statuses.append(Later())
+        incoming.commit = lambda status=self.statuses[-1]: status
+        return incoming
+
+
+async def test_answers_that_come_later() -> None:
+    receiver = LateReceiver()
+    async with serving(receiver) as scp, connected(scp) as peer, connected(scp) as beside:
+        for each in (peer, beside):
+            each.send(associate_rq().encode())
+        await until(lambda: len(receiver.syntaxes) == 2)
+        for later in receiver.syntaxes:
+            later.tell((IMPLICIT,))
+            later.tell((EXPLICIT,))  # what is said first counts
+        for each in (peer, beside):
+            assert (await each.read()).presentation_contexts[0].transfer_syntax == IMPLICIT
+        peer.send(store_rq("1.1"), data(b"x"), echo_rq())
+        await until(lambda: receiver.statuses)
+        beside.send(echo_rq())  # who waits stops nobody else
+        assert (await beside.read()).status == 0
+        peer.send(store_rq("1.2"), data(b"y"), echo_rq())
+        await asyncio.sleep(0.05)
+        assert len(receiver.statuses) == 1
+        receiver.statuses[0].tell(0xA900)
+        assert [(await peer.read()).command_field, (await peer.read()).command_field] == [0x8001, 0x8030]
+        await until(lambda: len(receiver.statuses) == 2)
+        receiver.statuses[1].tell(0)
+        assert [(await peer.read()).command_field, (await peer.read()).command_field] == [0x8001, 0x8030]
+
+
+async def test_answers_that_come_when_the_peer_has_gone() -> None:
+    receiver = LateReceiver()
+    async with serving(receiver) as scp:
+        async with connected(scp) as unheard:
+            unheard.send(associate_rq().encode())
+            await until(lambda: receiver.syntaxes)
+        async with connected(scp) as peer:
+            peer.send(associate_rq().encode())
+            await until(lambda: len(receiver.syntaxes) == 2)
+            receiver.syntaxes[1].tell(None)
+            assert isinstance(await peer.read(), pdu.AssociateAC)
+            peer.send(store_rq(), data(b"x"))
+            await until(lambda: receiver.statuses)
+        await until(lambda: len(receiver.closed) == 2)
+        receiver.syntaxes[0].tell(None)
+        receiver.statuses[0].tell(0)
+        async with connected(scp) as peer:
+            peer.send(associate_rq().encode())
+            await until(lambda: len(receiver.syntaxes) == 3)
+            receiver.syntaxes[2].tell(None)
+            assert isinstance(await peer.read(), pdu.AssociateAC)
+    assert receiver.discarded == []  # it was whole: what becomes of it is the receiver's business
+
+
 @pytest.mark.parametrize(
     ("uid", "sop_class", "status"),
     [
@@ -765,6 +834,106 @@ async def test_peer_that_vanishes_after_release_is_normal(
     assert not caplog.records
 
 
+async def test_peer_that_closes_between_objects(receiver: ScriptedReceiver) -> None:
+    async with serving(receiver) as scp:
+        async with connected(scp) as peer:
+            await peer.associate()
+            peer.send(store_rq("1.1"), data(b"whole"))
+            assert (await peer.read()).status == 0
+        await until(lambda: receiver.closed)
+        await assert_alive(scp)
+    assert (list(receiver.held), receiver.discarded) == (["1.1"], [])
+    assert receiver.closed[0][1] == "connection closed by the peer"
+
+
+async def test_titles_padded_with_nul_of_a_peer_that_nobody_knows(receiver: ScriptedReceiver) -> None:
+    request = bytearray(associate_rq(calling_ae_title="OTHER").encode())
+    request[10:26], request[26:42] = b"XCAI".ljust(16, b"\0"), b"OTHER".ljust(16, b"\0")
+    async with serving(receiver) as scp, connected(scp) as peer:
+        peer.send(bytes(request))
+        assert isinstance(await peer.read(), pdu.AssociateAC)
+        peer.send(store_rq(move_originator_ae_title="XCAI"), data())
+        assert (await peer.read()).status == 0
+    assert (receiver.associations[0].calling_ae_title, receiver.associations[0].called_ae_title) == ("OTHER", "XCAI")
+
+
+@pytest.mark.parametrize("window", [(0, 0), (1, 1), (8, 8)])
+async def test_no_asynchronous_operations_window_is_granted(
+    receiver: ScriptedReceiver, window: tuple[int, int]
+) -> None:
+    information = pdu.UserInformation(16384, "2.25.99", "SCRIPTED", asynchronous_operations_window=window)
+    async with serving(receiver) as scp, connected(scp) as peer:
+        answer = await peer.associate(user_information=information)
+    assert answer.user_information.asynchronous_operations_window is None  # which means 1/1 (PS3.7 D.3.3.3)
+
+
+async def test_the_same_instance_twice_at_once(tmp_path: Path) -> None:
+    spool = Spool(tmp_path, max_bytes=10_000_000, retention=60)
+    receiver = SpoolingReceiver(spool)
+    async with serving(receiver) as scp, connected(scp) as first, connected(scp) as second:
+        objects = {
+            first: data(b"first" * 40_000, max_length=50_000),
+            second: data(b"other" * 40_000, max_length=50_000),
+        }
+        for peer, sent in objects.items():
+            await peer.associate()
+            peer.send(store_rq("1.1"), sent[:100_000])
+        await until(lambda: len(receiver.begun) == 2)
+        for peer, sent in objects.items():
+            peer.send(sent[100_000:])
+            assert (await peer.read()).status == 0
+    spooled = spool.find("1.1")
+    assert spooled is not None
+    assert spooled.path.read_bytes()[-200_000:] == b"other" * 40_000  # not a mixture
+    assert len(list(spool.folder.iterdir())) == 1
+    spool.close()
+
+
+async def test_many_associations_at_once(receiver: ScriptedReceiver) -> None:
+    content = bytes(range(250)) * 200
+
+    async def send(number: int) -> None:
+        async with connected(scp) as peer:
+            assert isinstance(await peer.associate(calling_ae_title=f"PEER{number}"), pdu.AssociateAC)
+            for each in range(3):
+                peer.send(store_rq(f"1.{number}.{each}"), data(content, max_length=16384))
+                assert (await peer.read()).status == 0
+            peer.send(pdu.ReleaseRQ().encode())
+            assert await peer.read() == pdu.ReleaseRP()
+
+    async with serving(receiver, max_associations=100) as scp:
+        await asyncio.gather(*(send(number) for number in range(100)))
+        await until(lambda: len(receiver.closed) == 100)
+    assert len(receiver.held) == 300
+    assert all(held == content for _, held in receiver.held.values())
+    assert {reason for _, reason in receiver.closed} == {"released"}
+
+
+async def test_short_and_long_pdus_in_one_object(receiver: ScriptedReceiver) -> None:
+    """Reads are cut to fit long PDUs; whatever the peer's PDUs are, the bytes are the same."""
+    content = bytes(n % 251 for n in range(900_000))
+    pieces, position = [], 0
+    for length in (131_000, 7, 100_000, 131_000, 70_000, 1, 0, 131_000, 65_530, 65_536, 131_000):
+        pieces.append(content[position : position + length])
+        position += length
+    pieces.append(content[position:][:131_000])
+    sent = b"".join(pieces)
+    stream = b"".join(
+        struct.pack(">BxLLBB", 4, len(piece) + 6, len(piece) + 2, 1, 2 * (number == len(pieces) - 1)) + piece
+        for number, piece in enumerate(pieces)
+    )
+    async with serving(receiver) as scp, connected(scp) as peer:
+        await peer.associate()
+        for number in range(3):
+            peer.send(store_rq(f"1.{number}"), stream)
+            assert (await peer.read()).status == 0
+        for start in range(0, len(stream), 77_777):
+            peer.send(*([store_rq("1.9")] if not start else []), stream[start : start + 77_777])
+            await peer.writer.drain()
+        assert (await peer.read()).status == 0
+    assert [held for _, held in receiver.held.values()] == [sent] * 4
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Time, backpressure, shutdown
 # --------------------------------------------------------------------------------------------------------------------
@@ -913,6 +1082,7 @@ ON_BOTH_LOOPS = (
     test_peer_that_releases_in_mid_object,
     test_pipelined_and_bytewise_requests_are_answered_in_order,
     test_refused_instance_is_drained_and_the_next_one_taken,
+    test_short_and_long_pdus_in_one_object,
 )
 
 
