@@ -207,7 +207,7 @@ async def test_a_peer_that_neither_closes_nor_answers_a_release_is_left(monkeypa
 
 async def test_a_request_on_an_association_for_ours_is_aborted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but responses is due where no proposal receives."""
-    monkeypatch.setattr(requester, "_END_TIMEOUT", 0.2)
+    monkeypatch.setattr(requester, "_CLOSE_TIMEOUT", 0.2)
     association_ac = pdu.AssociateAC(
         "PACS",
         "XCAI",

@@ -28,12 +28,12 @@ from xca_imaging.errors import (
     ConnectFailed,
     DicomProtocolError,
     LocalProtocolError,
-    PeerBusy,
     PeerError,
     PeerProtocolError,
     PeerRefused,
     PeerTimeout,
 )
+from xca_imaging.imaging.backends.rejection import explain
 from xca_imaging.imaging.inbound import Inbound
 from xca_imaging.imaging.receiver import PeerAssociation, Receiver
 from xca_imaging.wire import dimse, pdu
@@ -57,19 +57,8 @@ _RECEIVE_BUFFER = 16 * 1024  # bytes read at a time where only responses come
 _STORE_BUFFER = 256 * 1024  # and where instances do, as in the Storage SCP
 _SOCKET_BUFFER = 1024 * 1024  # SO_RCVBUF there
 _WAITING_ANSWERS = 1000  # responses that are kept for who asked; reading pauses at more
-_END_TIMEOUT = 3.0  # seconds that a peer gets to answer a release, or to close after an abort
-
-# PS3.8 Table 9-21, as (source, reason): what a person can do about it. `{ae}` is our AE title, `{at}` where it listens.
-_REJECTIONS = {
-    (1, 2): "the application context name is not supported",
-    (1, 3): "our calling AE title {ae!r} is not known there: add {ae!r}{at} to the PACS's list of remote AEs",
-    (1, 7): "the called AE title {called!r} is not its own: correct pacs.ae_title",
-    (2, 2): "the protocol version is not supported",
-    (3, 1): "temporary congestion",
-    (3, 2): "local limit of associations exceeded",
-}
-_TRANSIENT = 2  # PS3.8 Table 9-21: result "rejected-transient"
-_PRESENTATION = 3  # PS3.8 Table 9-21: source "service-provider, presentation related": congestion and limits only
+_END_TIMEOUT = 3.0  # seconds that a peer gets to answer a release
+_CLOSE_TIMEOUT = 1.0  # seconds that it gets to close after an abort, or after its own release
 
 _ids = itertools.count(-1, -1)
 
@@ -474,7 +463,7 @@ class Association(asyncio.BufferedProtocol):
             case pdu.AssociateAC():
                 self._accept(item)
             case pdu.AssociateRJ():
-                self._end("rejected", self._explain(item))
+                self._end("rejected", explain(item, self.pacs, self._calling_ae_title, self._listener))
             case pdu.ReleaseRQ():
                 self._end("released by the PACS")
                 self._layer.perform(Event.EVT14)
@@ -514,15 +503,6 @@ class Association(asyncio.BufferedProtocol):
             self._inbound = Inbound(self._receiver, self.peer, syntaxes, self._respond)
         if not self.answered.done():
             self.answered.set_result(None)
-
-    def _explain(self, rejection: pdu.AssociateRJ) -> PeerError:
-        result, source, reason = rejection.result, rejection.source, rejection.reason
-        known = _REJECTIONS.get((source, reason), "no reason given")
-        at = f" at {self._listener[0]}:{self._listener[1]}" if self._listener else ""
-        known = known.format(ae=self._calling_ae_title, at=at, called=self.pacs.ae_title)
-        text = f"association rejected ({result}/{source}/{reason}): {known}"
-        busy = result == _TRANSIENT or source == _PRESENTATION
-        return PeerBusy(self.pacs.name, text) if busy else PeerRefused(self.pacs.name, text)
 
     def _end(self, reason: str, error: PeerError | None = None) -> None:
         """Let go of whoever waits for something of this association; does nothing the second time."""
@@ -609,7 +589,8 @@ class Association(asyncio.BufferedProtocol):
 
     def _start_timer(self) -> None:
         if self._timer is None:
-            self._timer = self._loop.call_later(_END_TIMEOUT, self._expire)
+            seconds = _CLOSE_TIMEOUT if self._layer.state is State.STA13 else _END_TIMEOUT
+            self._timer = self._loop.call_later(seconds, self._expire)
 
     def _expire(self) -> None:
         """The peer neither answers nor closes: the connection is taken away."""
