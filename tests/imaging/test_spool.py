@@ -532,6 +532,19 @@ async def test_a_closed_spool_leaves_the_same(tmp_path: Path) -> None:
     second.close()
 
 
+@pytest.mark.parametrize("uid", ['1.2"],', "a\nb", "a\0b", "\\", "é" * 40, "\ud800"])
+async def test_odd_uids_outlive_a_restart(tmp_path: Path, uid: str) -> None:
+    first = make_spool(tmp_path)
+    store(first, uid).place(uid, uid, [uid], source=uid)
+    first.close()
+    second = make_spool(tmp_path)
+    await second.verify([uid])
+    found = second.find(uid)
+    assert found is not None
+    assert (found.sop_instance_uid, found.study_instance_uid, found.source, found.accept) == (uid, uid, uid, {uid})
+    second.close()
+
+
 @pytest.mark.parametrize("damage", ["shorter", "longer", "other", "gone", "unreadable"])
 async def test_a_damaged_file_is_never_found(tmp_path: Path, damage: str) -> None:
     first = make_spool(tmp_path)

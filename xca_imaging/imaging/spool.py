@@ -211,7 +211,8 @@ class Spool:
             raise LocalProtocolError(f"{name} cannot be adopted: it has {found} bytes, not {size}")
         self.used_bytes += size - reserved
         self._files.add(name)
-        return self._add(
+        instance = SpooledInstance(
+            self,
             name,
             size,
             checksum=checksum,
@@ -219,6 +220,8 @@ class Spool:
             sop_instance_uid=sop_instance_uid,
             transfer_syntax_uid=transfer_syntax_uid,
         )
+        self._add(instance)
+        return instance
 
     def find(self, sop_instance_uid: str, accept: Sequence[str] | None = None) -> SpooledInstance | None:
         """Return a spooled instance in the first of the transfer syntaxes that there is, None takes the newest.
@@ -300,28 +303,10 @@ class Spool:
                 os.unlink(name, dir_fd=self._folder_fd)
             self._note_level(self.used_bytes - self._idle_bytes)
 
-    def _add(
-        self,
-        name: str,
-        size: int,
-        *,
-        checksum: str,
-        sop_class_uid: str,
-        sop_instance_uid: str,
-        transfer_syntax_uid: str,
-    ) -> SpooledInstance:
-        instance = SpooledInstance(
-            self,
-            name,
-            size,
-            checksum=checksum,
-            sop_class_uid=sop_class_uid,
-            sop_instance_uid=sop_instance_uid,
-            transfer_syntax_uid=transfer_syntax_uid,
-        )
+    def _add(self, instance: SpooledInstance) -> None:
+        """Let others find an instance that is whole; nobody holds it yet."""
         self._index(instance)
         self._set_idle(instance)
-        return instance
 
     def _index(self, instance: SpooledInstance) -> None:
         """Let an instance be found, in place of the one before of the same UID and syntax."""
@@ -337,7 +322,7 @@ class Spool:
 
     def _record(self, instance: SpooledInstance) -> None:
         if instance._is_indexed:
-            self._journal.append(_record_of(instance, self._wall_clock()))
+            self._journal.append(instance, self._wall_clock())
 
     def _record_sha256(self, instance: SpooledInstance) -> None:
         if instance._is_indexed and instance.source and instance.sha256 is not None:
@@ -421,7 +406,7 @@ class Spool:
 
     # --- over restarts --------------------------------------------------------------------------------------------
 
-    def _take_over(self, records: Iterable[Record]) -> list[Record]:
+    def _take_over(self, records: Iterable[Record]) -> list[tuple[SpooledInstance, float]]:
         """Index what an earlier run left whole, the longest unused first; remove all other files."""
         sizes = {}
         with os.scandir(self.folder) as entries:
@@ -429,7 +414,7 @@ class Spool:
                 if not entry.is_dir(follow_symlinks=False):
                     sizes[entry.name] = entry.stat(follow_symlinks=False).st_size
         now, now_wall = self._clock(), self._wall_clock()
-        kept = {}
+        kept = []
         for record in records:
             if sizes.get(record.name) != record.size:
                 continue
@@ -456,10 +441,10 @@ class Spool:
             instance._idle_since = now - max(0.0, now_wall - record.used_at)
             self._idle[instance] = None
             self._idle_bytes += record.size
-            kept[record.name] = record
+            kept.append((instance, record.used_at))
         for name in sizes.keys() - self._files:
             os.unlink(name, dir_fd=self._folder_fd)
-        return [record for name, record in kept.items() if name in self._files]
+        return [(instance, used_at) for instance, used_at in kept if instance.name in self._files]
 
     async def _verify(self, instance: SpooledInstance) -> None:
         if instance not in self._doubtful:
@@ -484,35 +469,17 @@ class Spool:
 
     async def _compact(self) -> None:
         now, now_wall = self._clock(), self._wall_clock()
-        records = [
-            _record_of(each, now_wall - (now - each._idle_since if each in self._idle else 0.0))
+        kept = [
+            (each, now_wall - (now - each._idle_since if each in self._idle else 0.0))
             for each in self._all()
             if each.source
         ]
         number = self._journal.begin_next()
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(self._executor, self._journal.rewrite_until, number, records)
+        await loop.run_in_executor(self._executor, self._journal.rewrite_until, number, kept)
 
     def _all(self) -> Iterator[SpooledInstance]:
         return (each for by_syntax in self._instances.values() for each in by_syntax.values())
-
-
-def _record_of(instance: SpooledInstance, used_at: float) -> Record:
-    return Record(
-        instance.name,
-        instance.size,
-        instance.checksum,
-        instance.sop_class_uid,
-        instance.sop_instance_uid,
-        instance.transfer_syntax_uid,
-        instance.study_instance_uid,
-        instance.series_instance_uid,
-        instance.source,
-        instance.accept,
-        instance.bytes_changed,
-        instance.sha256,
-        used_at,
-    )
 
 
 def _checksum_of(path: Path) -> str:

@@ -31,8 +31,12 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from json.encoder import encode_basestring_ascii as _quoted
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xca_imaging.imaging.spooled import SpooledInstance
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +47,7 @@ _NO_SYNTAXES: frozenset[str] = frozenset()
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One whole instance. `name` is of its file, `used_at` in seconds since the epoch, `checksum` XXH3-128 in hex."""
+    """One whole instance, as an earlier run left it; `used_at` in seconds since the epoch."""
 
     name: str
     size: int
@@ -67,8 +71,9 @@ class Journal:
     ----------
     directory : Path
         Nobody else writes there.
-    records : iterable of Record
-        What still holds of the runs before: this run's journal begins with it, and theirs are removed.
+    kept : iterable of (SpooledInstance, float)
+        What still holds of the runs before, with the times of last use: this run's journal begins with it, and theirs
+        are removed.
 
     Attributes
     ----------
@@ -81,30 +86,32 @@ class Journal:
     # Mutable state: number and descriptor of the current file (number, _fd), lists that it names (_lists), lines
     # written since the last compaction (lines), and whether the last line came out short (_is_torn).
 
-    def __init__(self, directory: Path, records: Iterable[Record]) -> None:
+    def __init__(self, directory: Path, kept: Iterable[tuple[SpooledInstance, float]]) -> None:
         self._directory = directory
         older = _files(directory)
         self.number = max(older, default=0) + 1
-        self._rewrite(self.number, records)
+        self._rewrite(self.number, kept)
         for file in older.values():
             file.unlink()
         self._begin_file()
 
-    def append(self, record: Record) -> None:
+    def append(self, instance: SpooledInstance, used_at: float) -> None:
         """Say that an instance is whole, and what is known of it."""
-        number = self._lists.get(record.accept)
+        number = self._lists.get(instance.accept)
         if number is None:
-            number = self._lists[record.accept] = len(self._lists)
-            self._write(["L", number, sorted(record.accept)])
-        self._write(_fields(record, number))
+            number = self._lists[instance.accept] = len(self._lists)
+            self._write(_line(["L", number, sorted(instance.accept)]))
+        self._write(_instance_line(instance, number, used_at))
 
     def append_use(self, names: Iterable[str], used_at: float) -> None:
         """Say when files were used last."""
-        self._write(*(["U", name, round(used_at, 3)] for name in names))
+        lines = [_line(["U", name, round(used_at, 3)]) for name in names]
+        if lines:
+            self._write(b"".join(lines), len(lines))
 
     def append_sha256(self, name: str, sha256: str) -> None:
         """Say what the SHA-256 of a file is."""
-        self._write(["S", name, sha256])
+        self._write(_line(["S", name, sha256]))
 
     def begin_next(self) -> int:
         """Go on in the next file; return the number of the one before, for `rewrite_until`."""
@@ -113,9 +120,9 @@ class Journal:
         self._begin_file()
         return number
 
-    def rewrite_until(self, number: int, records: Iterable[Record]) -> None:
+    def rewrite_until(self, number: int, kept: Iterable[tuple[SpooledInstance, float]]) -> None:
         """Write anew what all files up to `number` say, in another thread; harmless when it does not end."""
-        self._rewrite(number, records)
+        self._rewrite(number, kept)
         for other, file in _files(self._directory).items():
             if other < number:
                 file.unlink()
@@ -131,10 +138,9 @@ class Journal:
         self._is_torn = False
         path = self._directory / _file_name(self.number)
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        self._write(["J", _VERSION])
+        self._write(_line(["J", _VERSION]))
 
-    def _write(self, *lines: list[Any]) -> None:
-        data = b"".join(map(_line, lines))
+    def _write(self, data: bytes, lines: int = 1) -> None:
         if self._is_torn:
             data = b"\n" + data
         try:
@@ -143,19 +149,19 @@ class Journal:
             if not self._is_torn:
                 _log.warning("the journal of the spool cannot be written: %s", exc)
             self._is_torn = True
-        self.lines += len(lines)
+        self.lines += lines
 
-    def _rewrite(self, number: int, records: Iterable[Record]) -> None:
+    def _rewrite(self, number: int, kept: Iterable[tuple[SpooledInstance, float]]) -> None:
         lists: dict[frozenset[str], int] = {}
         temporary = self._directory / "journal.new"
         with temporary.open("wb") as file:
             file.write(_line(["J", _VERSION]))
-            for record in records:
-                listed = lists.get(record.accept)
+            for instance, used_at in kept:
+                listed = lists.get(instance.accept)
                 if listed is None:
-                    listed = lists[record.accept] = len(lists)
-                    file.write(_line(["L", listed, sorted(record.accept)]))
-                file.write(_line(_fields(record, listed)))
+                    listed = lists[instance.accept] = len(lists)
+                    file.write(_line(["L", listed, sorted(instance.accept)]))
+                file.write(_instance_line(instance, listed, used_at))
         temporary.replace(self._directory / _file_name(number))
 
 
@@ -198,28 +204,24 @@ def read(directory: Path) -> list[Record]:
     return sorted(records.values(), key=lambda record: record.used_at)
 
 
-def _fields(record: Record, number: int) -> list[Any]:
-    return [
-        "I",
-        record.name,
-        record.size,
-        record.checksum,
-        record.sop_class_uid,
-        record.sop_instance_uid,
-        record.transfer_syntax_uid,
-        record.study_instance_uid,
-        record.series_instance_uid,
-        record.source,
-        number,
-        record.bytes_changed,
-        record.sha256,
-        round(record.used_at, 3),
-    ]
+def _instance_line(instance: SpooledInstance, number: int, used_at: float) -> bytes:
+    """Return the line of an instance; spelled out, as there is one for each that arrives."""
+    sha256 = f'"{instance.sha256}"' if instance.sha256 else "null"
+    return _checked(
+        f'["I","{instance.name}",{instance.size},"{instance.checksum}",{_quoted(instance.sop_class_uid)},'
+        f"{_quoted(instance.sop_instance_uid)},{_quoted(instance.transfer_syntax_uid)},"
+        f"{_quoted(instance.study_instance_uid)},{_quoted(instance.series_instance_uid)},{_quoted(instance.source)},"
+        f"{number},{'true' if instance.bytes_changed else 'false'},{sha256},{used_at:.3f}]"
+    )
 
 
 def _line(fields: list[Any]) -> bytes:
-    text = json.dumps(fields, separators=(",", ":")).encode("ascii")
-    return b"%08x %b\n" % (zlib.crc32(text), text)
+    return _checked(json.dumps(fields, separators=(",", ":")))
+
+
+def _checked(text: str) -> bytes:
+    data = text.encode("ascii")
+    return b"%08x %b\n" % (zlib.crc32(data), data)
 
 
 def _lines(file: Path) -> Iterator[Any]:

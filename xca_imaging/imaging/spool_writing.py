@@ -23,10 +23,10 @@ from xxhash import xxh3_128
 
 from xca_imaging.errors import ArrivalBroken, SpoolFull
 from xca_imaging.imaging.file_meta import encode_file_meta
+from xca_imaging.imaging.spooled import SpooledInstance
 
 if TYPE_CHECKING:
     from xca_imaging.imaging.spool import Spool
-    from xca_imaging.imaging.spooled import SpooledInstance
 
 
 class Digest(Protocol):
@@ -180,7 +180,8 @@ class SpoolWriter(_Writer):
             self.write(memoryview(b""))
         try:
             self._close()
-            self.instance = self._spool._add(
+            instance = SpooledInstance(
+                self._spool,
                 self._name,
                 self.size,
                 checksum=self._checksum.hexdigest(),
@@ -188,7 +189,9 @@ class SpoolWriter(_Writer):
                 sop_instance_uid=self._sop_instance_uid,
                 transfer_syntax_uid=self._transfer_syntax_uid,
             )
-            return self.instance
+            self._spool._add(instance)
+            self.instance = instance
+            return instance
         finally:
             self._wake_readers()
 
