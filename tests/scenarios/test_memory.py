@@ -15,6 +15,7 @@ from tests.scenarios.holding import check_same_dataset, rad69
 from tests.scenarios.scripted import rad69_request_of
 from tests.support import images, peers, soap_client
 from tests.support.node import Node, Peak, pacs_section
+from tests.support.scripted_pacs import SUCCESS, Archive, Move, ScriptedPacs, Scripts
 
 pytestmark = [pytest.mark.peer, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -48,13 +49,38 @@ def test_rad69_of_a_large_study(tmp_path: Path, count: int) -> None:
             assert peak.value - idle <= CEILING, f"{growth:.0f} MiB above idle"
 
 
+class Files(Scripts):
+    """Sends files as they lie on the disk, by DCMTK's `storescu`: whatever their size, nobody has them in memory."""
+
+    def __init__(self, study: images.Study) -> None:
+        super().__init__()
+        self._paths = {instance.uid: instance.path for instance in study.instances}
+
+    def good(self, move: Move) -> None:
+        files = [self._paths[str(dataset.SOPInstanceUID)] for dataset in move.matches]
+        destination = peers.Entity(move.destination, move.pacs.destination[1])
+        peers.storescu(destination, files, "-R", "-aet", move.pacs.ae_title)
+        move.finish([SUCCESS] * len(files))
+
+
+def archive_of(study: images.Study) -> Archive:
+    """Return what C-FIND tells of a study."""
+    archive = Archive()
+    for instance in study.instances:
+        dataset = pydicom.Dataset()
+        dataset.SOPClassUID, dataset.SOPInstanceUID = instance.sop_class, instance.uid
+        dataset.StudyInstanceUID, dataset.SeriesInstanceUID = instance.study, instance.series
+        archive.series.setdefault((instance.study, instance.series), {})[instance.uid] = dataset
+    return archive
+
+
 def peak_of(folder: Path, study: images.Study, delivery: str) -> int:
-    """Return the peak memory of a fresh node that serves a study once and throws nothing away before."""
+    """Return the peak memory of a fresh node that serves a study once."""
     node = Node(folder / "node", {"http": {"delivery": delivery}})
-    with peers.Dcmqrscp(folder / "pacs", [node.entity]) as pacs:
-        pacs.upload(study.paths)
+    with ScriptedPacs(archive_of(study), (peers.LOOPBACK, node.dicom_port)) as pacs:
+        pacs.behaviour = Files(study)
         size = sum(path.stat().st_size for path in study.paths)
-        node.config["pacs"] = [pacs_section(pacs, assigning_authority=images.AUTHORITY)]
+        node.config["pacs"] = [pacs_section(pacs.settings)]
         with node, Peak(node) as peak:
             assert received(node, study) > size
     shutil.rmtree(folder)
