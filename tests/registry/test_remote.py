@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import logging
 import os
@@ -15,6 +16,7 @@ import pytest
 from tests.registry.samples import REPOSITORY, new_uid, submission
 from tests.registry.test_provide import MANIFEST, provided
 from xca_imaging import errors
+from xca_imaging.cli import check_config
 from xca_imaging.errors import SubmissionRefused
 from xca_imaging.gateway.documents import DocumentActors
 from xca_imaging.registry import Content, Registry, Repository
@@ -168,6 +170,16 @@ def test_a_store_that_does_not_answer_refuses_and_leaves_nothing(registry: Regis
 def test_an_unknown_kind_of_store_is_a_wrong_setting(url: str) -> None:
     with pytest.raises(errors.ConfigurationError, match=r"repository\.store"):
         RemoteStore(url)
+
+
+def test_check_config_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "node.toml"
+    text = '[node]\nhome_community_id = "urn:oid:1.2.3"\n[repository]\nunique_id = "1.2.3.4"\nstore = "{}"\n'
+    file.write_text(text.format("nothing://bucket"))
+    assert check_config.run(argparse.Namespace(config=file)) == 2
+    assert "repository.store" in capsys.readouterr().err
+    file.write_text(text.format(f"file://{tmp_path / 'remote'}"))
+    assert check_config.run(argparse.Namespace(config=file)) == 0
 
 
 # --- The check of a store on disk -------------------------------------------------------------------------------------

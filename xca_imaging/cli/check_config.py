@@ -9,6 +9,7 @@ from xca_imaging import settings as settings_module
 from xca_imaging.cli.options import add_config
 from xca_imaging.errors import ConfigurationError
 from xca_imaging.imaging.profile import load_profile
+from xca_imaging.registry.remote import RemoteStore
 from xca_imaging.security import tls
 
 
@@ -21,6 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if settings is not None:
         for check in (
             lambda: load_profile(settings),
+            lambda: RemoteStore.open(settings.repository.store),
             lambda: tls.server_context(settings, settings.http.tls, "http.tls"),
             lambda: tls.server_context(settings, settings.dicom.tls, "dicom.tls"),
         ):
