@@ -780,6 +780,17 @@ def test_methods_that_negotiate_for_themselves_run_beside_each_other() -> None:
     assert of(d.AcceptStore, b.step(d.StoreOffered(1, "main", CT, "1.4.1.1", EXPLICIT)))
 
 
+def test_who_wants_a_part_does_not_have_the_next_method_bring_the_whole() -> None:
+    b = Bench(limit=2, methods=WAYS[:2])
+    (move,) = of(d.StartMove, b.ask(1, series(1, 3)))
+    b.ask(2, series(1, 1), priority=d.Priority.EMERGENCY)
+    out = b.step(d.MoveFinished(move.move, error=REFUSED))
+    assert [(m.method, m.level, len(m.instances)) for m in of(d.StartMove, out)] == [
+        ("c-get", "IMAGE", 1),
+        ("c-get", "IMAGE", 2),
+    ]
+
+
 def test_no_instance_is_asked_for_in_two_syntaxes_at_once_whatever_the_methods() -> None:
     b = Bench(limit=4, methods=WAYS[:2])
     (move,) = of(d.StartMove, b.ask(1, series(1, 1)))

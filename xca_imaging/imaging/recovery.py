@@ -140,8 +140,8 @@ class Recovery:
         if not fetches:
             return
         if move.arrived == 0 and event.status != 0 and not move.is_cancelled and not _any_arriving(fetches):
-            subject = fetches[0].study if event.status is not None else ""
-            self._note_failure(move, error, now, subject)
+            # With a status the PACS lives, and it may be the study's fault.
+            move.breaker.fail(move.started, now, error, subject=move.study if event.status is not None else "")
         # A list that brought one instance or none was taken for a single UID, or not understood.
         is_empty = event.status == 0 and (event.completed or 0) <= 1 and move.level == "IMAGE" and move.listed > 1
         named = set(event.failed_uids)
@@ -179,12 +179,9 @@ class Recovery:
             self._refuse(move, fetches, reason, now)
         else:
             if move.arrived == 0 and not _any_arriving(fetches):
-                self._note_failure(move, reason, now, "")
+                move.breaker.fail(move.started, now, reason)
             self._retry(fetches, now)
             self.give_up_waiting(pacs, now)
-
-    def _note_failure(self, move: Move, reason: RegistryError, now: float, subject: str) -> None:
-        move.breaker.fail(move.started, now, reason, subject=subject)
 
     def _refuse(self, move: Move, fetches: list[Fetch], reason: RegistryError, now: float) -> None:
         """A move was refused for good: in another way, if there is one, unless the refusal may be about the list only.
@@ -323,7 +320,6 @@ class Recovery:
                 self._waitlist.fail(fetch, error)
             else:
                 fetch.way, fetch.tries, fetch.busy, fetch.one_by_one = way, 0, 0, False
-                fetch.started = now
                 reason = f"{move.method}: {error.context}"
                 fetch.earlier = f"{fetch.earlier}; {reason}" if fetch.earlier else reason
                 others.append(fetch)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable
 
 from xca_imaging.errors import RegistryError
@@ -184,13 +184,15 @@ class Waitlist:
         `is_whole`: they are whole series. What is not paused any more was queued in another way, or is over.
         """
         batches: dict[tuple[Request, str, str], deque[Fetch]] = {}
+        sizes: Counter[tuple[str, str]] = Counter()
         for fetch in fetches:
             if fetch.stage is Stage.PAUSED:
                 fetch.pacs.paused.pop(fetch, None)
                 fetch.enter(Stage.QUEUED)
+                sizes[fetch.study, fetch.series] += 1
                 for request in fetch.waiters:
                     batches.setdefault((request, fetch.study, fetch.series), deque()).append(fetch)
-        for (request, _, _), queued in batches.items():
-            pacs = queued[0].pacs
-            pacs.queue.push(Batch(request, queued, len(queued) if is_whole else None), now)
+        for (request, study, series), queued in batches.items():
+            pacs, count = queued[0].pacs, sizes[study, series]
+            pacs.queue.push(Batch(request, queued, count if is_whole else None), now)
             self.touch(pacs)
