@@ -108,6 +108,21 @@ async def test_never_more_than_the_budget_idle_ones_make_place(scp: Scp) -> None
     assert scp.requested == 4
 
 
+async def test_those_that_are_being_opened_count_too(scp: Scp) -> None:
+    """An idle one of another kind, and as many asked for at once as the budget has."""
+    async with pool_of(scp, limit=4) as pool:
+        async with pool.lease(ECHO):
+            pass
+
+        async def use() -> None:
+            async with pool.lease(MOVE):
+                await asyncio.sleep(0.1)
+
+        await asyncio.gather(*(use() for _ in range(4)))
+        assert scp.requested == 5
+        assert scp.most <= 4
+
+
 async def test_idle_ones_end_after_a_while(scp: Scp) -> None:
     async with pool_of(scp, idle_timeout=0.1) as pool:
         async with pool.lease(ECHO) as association:
