@@ -119,6 +119,29 @@ async def test_failed_list_is_read(destination: tuple[str, int]) -> None:
         assert (await move(pacs, series_of(wants)))[0].failed_uids == (wants[6].sop_instance_uid,)
 
 
+async def test_warning_without_a_failed_list(destination: tuple[str, int]) -> None:
+    with scripted(destination, "b000_without_list") as (pacs, wants):
+        result, _ = await move(pacs, series_of(wants))
+        assert (result.status, result.completed, result.failed, result.failed_uids) == (0xB000, 2, 1, ())
+
+
+async def test_a_list_that_is_answered_with_nothing_is_told_as_it_is(destination: tuple[str, int]) -> None:
+    """Success and 0 sub-operations: what to make of it is for the scheduler."""
+    with scripted(destination, "zero_suboperations") as (pacs, wants):
+        study, series = wants[0].study_instance_uid, wants[0].series_instance_uid
+        listed = tuple(want.sop_instance_uid for want in wants)
+        result, _ = await move(pacs, MoveJob("IMAGE", study, series, listed))
+        assert (result.status, result.completed) == (0x0000, 0)
+
+
+@pytest.mark.parametrize("script", ["store_before_first_response", "store_after_final"])
+async def test_instances_before_the_first_response_and_after_the_last(
+    destination: tuple[str, int], script: str
+) -> None:
+    with scripted(destination, script) as (pacs, wants):
+        assert (await move(pacs, series_of(wants)))[0].completed == 3
+
+
 async def test_unknown_destination_says_what_to_configure(destination: tuple[str, int]) -> None:
     text = r"0xA801.*'XCAI' with host 192\.0\.2\.7 and port 11112"
     with scripted(destination, "a801") as (pacs, wants), pytest.raises(PeerRefused, match=text):
