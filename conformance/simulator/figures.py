@@ -53,6 +53,7 @@ class Figures:
     over_budget: int
     moves: int
     moves_per_instance: float
+    longest_move: float
 
     def missed(self) -> list[str]:
         """Return the bars that are missed, in words."""
@@ -117,6 +118,7 @@ def measure(simulation: Simulation) -> Figures:
         over_budget=sum(t.over_budget for t in tallies.values()),
         moves=moves,
         moves_per_instance=round(moves / instances, 4) if instances else 0.0,
+        longest_move=round(max(t.longest_move for t in tallies.values()), 3),
     )
 
 

@@ -43,6 +43,7 @@ class Tally:
     queries: int = 0
     rejected: int = 0
     over_budget: int = 0
+    longest_move: float = 0.0
     due: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # when the share has served all asked
     queued: dict[str, int] = field(default_factory=lambda: defaultdict(int))  # routine instances that no move carries
     served: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # while others waited too
@@ -73,7 +74,7 @@ class Simulation:
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count(1)
         self._sendings: dict[int, Sending] = {}
-        self._moves: dict[int, d.StartMove] = {}
+        self._started: dict[int, float] = {}
         self._queries: dict[int, Callable[[], None]] = {}
         self._sizes: dict[int, tuple[str, str]] = {}
         self._community_of: dict[str, str] = {}
@@ -96,10 +97,11 @@ class Simulation:
     def allowance(self, pacs: str) -> float:
         """Return what a transfer may wait beside what its share promises.
 
-        Moves are not broken off: one of 20 s for each community may go before (the delay bound of start-time fair
-        queueing), a turn of another transfer syntax list takes as long, and one of them may stall.
+        Moves are not broken off: one of each community may go before (the delay bound of start-time fair queueing), a
+        turn of another transfer syntax list takes 20 s and the moves that it ends with, and one may stall.
         """
-        return 20.0 * len(COMMUNITIES) / self.models[pacs].budget.associations + 20.0 + self.stall_timeout
+        longest = self.tallies[pacs].longest_move
+        return longest * len(COMMUNITIES) / self.models[pacs].budget.associations + 20.0 + longest + self.stall_timeout
 
     def _at(self, delay: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._agenda, (self.now + delay, next(self._numbers), action))
@@ -223,6 +225,7 @@ class Simulation:
             arrive=self._arrive,
             finish=lambda event: self._finish(tally, event),
         )
+        self._started[move.move] = self.now
 
     def _serve(self, model: Model, tally: Tally, instances: tuple[str, ...]) -> None:
         """Count a move for the community that it serves, where others waited too with what is as urgent."""
@@ -262,5 +265,6 @@ class Simulation:
 
     def _finish(self, tally: Tally, event: d.MoveFinished) -> None:
         del self._sendings[event.move]
+        tally.longest_move = max(tally.longest_move, self.now - self._started.pop(event.move))
         tally.rejected += isinstance(event.error, PeerBusy)
         self._step(event)

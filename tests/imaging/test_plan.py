@@ -104,6 +104,13 @@ def test_series_without_a_count_is_whole_when_its_list_is_wanted() -> None:
     assert fetch.whole
 
 
+def test_size_of_the_study_where_each_series_has_one() -> None:
+    facts = StudyIndex({"1.3": 2, "1.7": 40})
+    assert [fetch.study_count for fetch in plan(want(1), want(2), facts=facts).fetches] == [42]
+    assert [fetch.study_count for fetch in plan(want(1), facts=StudyIndex({"1.3": 2, "1.7": None})).fetches] == [None]
+    assert [fetch.study_count for fetch in plan(want(1)).fetches] == [None]
+
+
 def test_absent_study_series_and_instance() -> None:
     result = plan(want(1), facts=StudyIndex({"1.7": 3}))
     assert result.fetches == ()
