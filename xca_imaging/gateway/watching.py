@@ -184,6 +184,7 @@ class Follower:
         known = await self._run(self._memory.studies, self.name, f"{first:%Y%m%d}", f"{last:%Y%m%d}")
         unchanged: list[tuple[StudyRecord, StudyFacts]] = []
         for uid, study in found.items():
+            await asyncio.sleep(0)  # thousands of studies take a second in all, which others need not wait for
             await self.look_at_notified()
             record = known.get(uid)
             if record is None:
