@@ -532,6 +532,16 @@ async def test_a_closed_spool_leaves_the_same(tmp_path: Path) -> None:
     second.close()
 
 
+def test_a_file_that_somebody_removed_is_no_loss_to_the_others(tmp_path: Path, clock: Clock) -> None:
+    spool = make_spool(tmp_path, clock=clock)
+    store(spool, "1.2.1").path.unlink()
+    store(spool, "1.2.2").path.unlink()
+    clock.now += 60
+    assert spool.expire() == 2
+    store(spool, "1.2.3").path.unlink()
+    spool.close()
+
+
 @pytest.mark.parametrize("uid", ['1.2"],', "a\nb", "a\0b", "\\", "é" * 40, "\ud800"])
 async def test_odd_uids_outlive_a_restart(tmp_path: Path, uid: str) -> None:
     first = make_spool(tmp_path)

@@ -279,7 +279,7 @@ class Spool:
         self._journal.close()
         kept = {each.name for each in self._all() if each.source}
         for name in self._files - kept:
-            os.unlink(name, dir_fd=self._folder_fd)
+            self._unlink(name)
         os.close(self._folder_fd)
         os.close(self._lock_fd)
         self._lock_fd = -1
@@ -299,9 +299,12 @@ class Spool:
         if name in self._files:
             self._files.discard(name)
             self.used_bytes -= size
-            with suppress(FileNotFoundError):  # somebody tidied by hand
-                os.unlink(name, dir_fd=self._folder_fd)
+            self._unlink(name)
             self._note_level(self.used_bytes - self._idle_bytes)
+
+    def _unlink(self, name: str) -> None:
+        with suppress(FileNotFoundError):  # somebody tidied by hand
+            os.unlink(name, dir_fd=self._folder_fd)
 
     def _add(self, instance: SpooledInstance) -> None:
         """Let others find an instance that is whole; nobody holds it yet."""
@@ -443,7 +446,7 @@ class Spool:
             self._idle_bytes += record.size
             kept.append((instance, record.used_at))
         for name in sizes.keys() - self._files:
-            os.unlink(name, dir_fd=self._folder_fd)
+            self._unlink(name)
         return [(instance, used_at) for instance, used_at in kept if instance.name in self._files]
 
     async def _verify(self, instance: SpooledInstance) -> None:
