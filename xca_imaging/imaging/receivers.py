@@ -100,12 +100,14 @@ class Siblings:
         """Start the processes, then listen. Raises OSError when the address cannot be had or a process cannot start."""
         self._loop = asyncio.get_running_loop()
         self._listeners = await _listen(self._host, self._port, self._socket_buffer)
-        try:
-            siblings = await asyncio.gather(*(self._spawn(place) for place in range(len(self._places))))
-        except BaseException:
-            await self.close(0)
-            raise
-        self._keepers = [self._loop.create_task(self._keep(place, each)) for place, each in enumerate(siblings)]
+        started = await asyncio.gather(
+            *(self._spawn(place) for place in range(len(self._places))), return_exceptions=True
+        )
+        for each in started:
+            if isinstance(each, BaseException):
+                await self.close(0)
+                raise each
+        self._keepers = [self._loop.create_task(self._keep(place, each)) for place, each in enumerate(self.alive)]
         self._listen()
 
     @property
@@ -142,13 +144,14 @@ class Siblings:
         for listener in self._listeners:
             listener.close()
         self._listeners.clear()
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
         alive = self.alive
         for sibling in alive:
             sibling.tell("close", drain)
         await asyncio.gather(*(each.end(drain + _STOP_TIMEOUT) for each in alive))
-        for keeper in self._keepers:
-            keeper.cancel()
-        await asyncio.gather(*self._keepers, return_exceptions=True)
+        self._places = [None] * len(self._places)
 
     # --- processes ------------------------------------------------------------------------------------------------
 
@@ -207,8 +210,6 @@ class Siblings:
             born = self._loop.time()
             await sibling.gone.wait()
             self._places[place] = None
-            if self._is_closing:
-                return
             self._listen()
             await sibling.end(0)
             logger.error("receiver process %d died, exit code %s", sibling.process.pid, sibling.process.returncode)
