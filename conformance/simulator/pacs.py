@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from xca_imaging.errors import ConnectFailed, PeerBusy, PeerRefused
 from xca_imaging.imaging.budget import Budget
-from xca_imaging.imaging.decisions import MoveFinished, StartMove
+from xca_imaging.imaging.decisions import Method, MoveFinished, StartMove
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +172,7 @@ def make_models(count: int, seed: int) -> dict[str, Model]:
         faults = kinds[number % len(kinds)]
         if number % 25 == 24:
             faults = Faults(away=(100.0, 130.0))
-        methods = ("c-move", "c-get") if faults.refuses else ("c-move",)
+        methods: tuple[Method, ...] = ("c-move", "c-get") if faults.refuses else ("c-move",)
         models[name] = Model(
             name,
             Budget(randomness.randint(1, 6), methods),

@@ -8,6 +8,7 @@ import random
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from conformance.simulator.load import COMMUNITIES, Transfer
 from conformance.simulator.pacs import Model, Sending
@@ -84,7 +85,7 @@ class Simulation:
     def run(self) -> None:
         """Run until nothing is left to happen."""
         for transfer in self._load:
-            heapq.heappush(self._agenda, (transfer.time, next(self._numbers), lambda t=transfer: self._find(t)))
+            self._at(transfer.time, partial(self._find, transfer))
         while self._agenda:
             self.now, _, action = heapq.heappop(self._agenda)
             action()
@@ -186,7 +187,7 @@ class Simulation:
                 self._end_want(request, want.sop_instance_uid, is_held=False)
             case d.WakeAt(time):
                 self._alarm += 1
-                self._at(max(0.0, time - self.now), lambda alarm=self._alarm: self._wake(alarm))
+                self._at(max(0.0, time - self.now), partial(self._wake, self._alarm))
             case d.StartMove():
                 self._start(decision)
             case d.CancelMove(move):
