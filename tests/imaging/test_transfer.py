@@ -269,7 +269,7 @@ async def test_communities_share_a_pacs_by_weight(tmp_path: Path, weight: float)
     archive = Archive()
     requests = [archive.add_series(4) for _ in range(100)]
     asker_of = {want.sop_instance_uid: n >= 50 for n, wants in enumerate(requests) for want in wants}
-    async with bench(tmp_path, archive, "no_pending", latency=0.01, limit=4) as b:
+    async with bench(tmp_path, archive, "no_pending", latency=0.01, limit=4, stall_timeout=20.0) as b:
 
         async def ask(wants: Sequence[Want], asker: str, weight: float) -> Outcome:
             async with b.transfers.fetch(wants, accept=[EXPLICIT], asker=asker, weight=weight) as transfer:
@@ -280,7 +280,7 @@ async def test_communities_share_a_pacs_by_weight(tmp_path: Path, weight: float)
         await asyncio.sleep(0.05)
         tasks += [asyncio.create_task(ask(wants, "east", 1.0)) for wants in requests[50:]]
         outcomes = await asyncio.gather(*tasks)
-        assert {outcome.status for outcome in outcomes} == {uids.STATUS_SUCCESS}
+        assert [outcome.failed for outcome in outcomes if outcome.failed] == []
         await b.pacs_is_idle()
         assert b.pacs.rejected == 0
         assert b.pacs.most_associations <= 4
