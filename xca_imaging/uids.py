@@ -73,7 +73,7 @@ SEVERITY_WARNING = "urn:oasis:names:tc:ebxml-regrep:ErrorSeverityType:Warning"
 APPROVED = "urn:oasis:names:tc:ebxml-regrep:StatusType:Approved"
 DEPRECATED = "urn:oasis:names:tc:ebxml-regrep:StatusType:Deprecated"
 
-# --- documentAvailability [TF3-4.2, 4.2.3.2.30] ------------------------------------------------------------------------
+# --- documentAvailability [TF3-4.2, 4.2.3.2.30] -----------------------------------------------------------------------
 DOCUMENT_ONLINE = "urn:ihe:iti:2010:DocumentAvailability:Online"
 DOCUMENT_OFFLINE = "urn:ihe:iti:2010:DocumentAvailability:Offline"
 
