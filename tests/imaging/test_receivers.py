@@ -275,6 +275,7 @@ async def test_the_limit_of_associations_is_that_of_all(receiver: OfferReceiver,
         assert isinstance(await late.associate(), pdu.AssociateAC)
 
 
+@pytest.mark.slow
 async def test_pause_and_resume(receiver: OfferReceiver, spool: Spool) -> None:
     async with receiving(receiver, spool, socket_buffer=4096, stall_timeout=0.5) as siblings:
         async with connected(siblings) as peer:
