@@ -91,3 +91,26 @@ def test_endless_nesting_ends(tmp_path: Path) -> None:
     path.write_bytes(head + level * 100)
     with pytest.raises(part10.Part10Error, match="nested"):
         part10.verify_whole(path, uids.EXPLICIT_VR_LITTLE_ENDIAN)
+
+
+def test_the_quick_look_says_what_pydicom_says() -> None:
+    """Of every file that pydicom brings along; where it says nothing, pydicom is asked."""
+    told = 0
+    for name in sorted(path_of("CT_small.dcm").parent.glob("*.dcm")):
+        head = name.read_bytes()[:16384]
+        found = part10._scan(head)
+        if found is None:
+            continue
+        told += 1
+        with warnings.catch_warnings(action="ignore"):
+            dataset = pydicom.dcmread(name, stop_before_pixels=True)
+        assert found == part10.Part10(
+            str(dataset.SOPClassUID),
+            str(dataset.SOPInstanceUID),
+            str(dataset.StudyInstanceUID),
+            str(dataset.SeriesInstanceUID),
+            str(dataset.file_meta.TransferSyntaxUID),
+        )
+        for size in (0, 100, 132, 300, 600, 1000):
+            assert part10._scan(head[:size]) in (found, None)
+    assert told > 30

