@@ -11,7 +11,7 @@ from xca_imaging.imaging.decisions import Priority
 
 MAKESPAN = 1.1
 JAIN = 0.95
-WAIT = 1.0
+WAIT = 1.25
 
 
 @dataclass(frozen=True, slots=True)
