@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +19,8 @@ from tests.support.shared import shared_path
 from xca_imaging import settings
 from xca_imaging.errors import ManifestError, PeerBusy, PeerError, PeerProtocolError, PeerRefused, PeerTimeout
 from xca_imaging.imaging.backends import cfind
-from xca_imaging.imaging.backends.cfind import Finder
+from xca_imaging.imaging.backends.cfind import Queries
+from xca_imaging.imaging.backends.pool import Associations
 from xca_imaging.imaging.study import Patient
 
 STUDY, OTHER_STUDY = "1.2.826.0.1.3680043.8.498.1", "1.2.826.0.1.3680043.8.498.2"
@@ -46,6 +48,20 @@ STUDY_MATCH = {"StudyInstanceUID": STUDY, "PatientID": "P1", "StudyDate": "20260
 def _listeners() -> Iterator[None]:
     yield
     ScriptedPacs.stop_listening()
+
+
+class Finder:
+    """The methods of `Queries`, each in an event loop and on associations of its own."""
+
+    def __init__(self, pacs: settings.Pacs, calling_ae_title: str, *, connect_timeout: float = 10.0, **options: Any):
+        self.pacs = pacs
+        associations = Associations(pacs, calling_ae_title=calling_ae_title, connect_timeout=connect_timeout)
+        associations.stop_reusing()  # an association cannot outlive its event loop
+        self._queries = Queries(associations, **options)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._queries, name)
+        return lambda *args, **named: asyncio.run(method(*args, **named))
 
 
 Answer = tuple[int | Dataset, Dataset | None]

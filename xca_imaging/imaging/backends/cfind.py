@@ -12,21 +12,18 @@ References
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import ssl
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import date, timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 from pydicom import config
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import DataElement
 from pydicom.dataset import Dataset
 
-from xca_imaging import settings
 from xca_imaging.errors import (
     ManifestError,
     PeerBusy,
@@ -57,7 +54,6 @@ from xca_imaging.wire import dimse
 
 _log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 
 STUDY_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.2.1"  # PS3.4 C.6.2
 PATIENT_ROOT_FIND = "1.2.840.10008.5.1.4.1.2.1.1"  # PS3.4 C.6.1
@@ -401,71 +397,6 @@ class Queries:
         if code in _OUT_OF_RESOURCES:
             return PeerBusy(self.pacs.name, text)
         return PeerRefused(self.pacs.name, text) if matches else _QueryRefused(self.pacs.name, text)
-
-
-class Finder:
-    """`Queries` for callers that may block, such as work in an executor. Each method opens associations of its own.
-
-    Parameters
-    ----------
-    calling_ae_title : str
-        Ours.
-    tls : ssl.SSLContext, optional
-        For DICOM over TLS.
-    connect_timeout : float
-        See `requester.associate`.
-    response_timeout, max_matches, today
-        See `Queries`.
-    """
-
-    def __init__(
-        self,
-        pacs: settings.Pacs,
-        calling_ae_title: str,
-        tls: ssl.SSLContext | None = None,
-        *,
-        connect_timeout: float = 10.0,
-        response_timeout: float = 60.0,
-        max_matches: int = 200_000,
-        today: Callable[[], date] = date.today,
-    ) -> None:
-        self.pacs = pacs
-        associations = Associations(pacs, calling_ae_title=calling_ae_title, tls=tls, connect_timeout=connect_timeout)
-        associations.stop_reusing()  # each call has an event loop of its own, which an association cannot outlive
-        self._queries = Queries(associations, response_timeout=response_timeout, max_matches=max_matches, today=today)
-
-    def find_studies(
-        self,
-        *,
-        study_instance_uid: str = "",
-        patient_id: str = "",
-        since: date | None = None,
-        until: date | None = None,
-    ) -> list[StudyFacts]:
-        """Return the studies that fit everything given (dates inclusive), each once."""
-        return _run(
-            self._queries.find_studies(
-                study_instance_uid=study_instance_uid, patient_id=patient_id, since=since, until=until
-            )
-        )
-
-    def find_series(self, study_instance_uid: str, *, patient_id: str = "") -> list[SeriesFacts]:
-        """Return the series of a study."""
-        return _run(self._queries.find_series(study_instance_uid, patient_id=patient_id))
-
-    def find_instances(
-        self, study_instance_uid: str, series_instance_uid: str, *, patient_id: str = ""
-    ) -> list[InstanceFacts]:
-        """Return the instances of a series."""
-        return _run(self._queries.find_instances(study_instance_uid, series_instance_uid, patient_id=patient_id))
-
-    def read_study(self, study_instance_uid: str) -> StudyContents:
-        """Return a study with everything in it, each instance with its SOP Class."""
-        return _run(self._queries.read_study(study_instance_uid))
-
-
-def _run(work: Coroutine[Any, Any, T]) -> T:
-    return asyncio.run(work)
 
 
 def _range(since: date | None, until: date | None) -> str:
