@@ -19,7 +19,7 @@ from tests.support.node import Node, pacs_section
 from tests.support.scripted_pacs import SUCCESS, Archive, ScriptedPacs
 from xca_imaging.imaging.ledger import Want
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)  # several starts of a node
 
 SIZE = 300_000  # bytes of pixels: an object takes several fragments
 COUNT = 10
@@ -72,7 +72,7 @@ def test_what_was_held_when_the_node_was_killed_is_not_moved_again(tmp_path: Pat
         # What was answered with Success is there, and perhaps what was whole and could not be answered any more.
         kept = objects(node)
         assert len(held) <= len(kept) <= len(held) + 4
-        assert set(kept.values()) == {max(kept.values())}
+        assert min(kept.values()) > SIZE + 500  # the head of an object; fragments are of 16 KB and more
         check(rad69_of(node, wants), wants)
         moved = [uid for uid, _ in pacs.sent]
         assert not held & set(moved)
@@ -91,7 +91,7 @@ def test_nothing_half_written_is_served_whenever_the_node_is_killed(tmp_path: Pa
     archive = Archive()
     wants = [want for _ in range(4) for want in archive.add_series(COUNT, study="1.2.3.4", size=SIZE)]
     with serving(tmp_path, archive, latency=0.0) as (node, pacs), ThreadPoolExecutor(1) as threads:
-        for number in (1, 5, 12, 20, 31):
+        for number in (1, 6, 15, 31):
             pacs.sent.clear()
             before = len(objects(node))
             broken = threads.submit(rad69_of, node, wants)
