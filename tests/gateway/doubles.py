@@ -123,6 +123,9 @@ class Registry:
         ]
         return QueryResponse(uids.STATUS_SUCCESS, (), Submission(documents=tuple(found)))
 
+    async def current_patient_id(self, patient_id: str) -> str:
+        return patient_id
+
     async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
         assert repository_unique_id == self.repository_unique_id
         if document_unique_id not in self.documents:

@@ -27,6 +27,7 @@ from xca_imaging.registry.document_registry import Registry
 from xca_imaging.registry.events import Requester
 from xca_imaging.registry.inventory import approved_manifests
 from xca_imaging.registry.provide import Repository
+from xca_imaging.transactions.identity_feed import FeedMessage, Merged
 from xca_imaging.transactions.registry_response import RegistryResponse
 
 HOME = "urn:oid:1.3.6.1.4.1.21367.2017.1"
@@ -91,6 +92,26 @@ async def test_a_manifest_through_its_life_in_the_registry(
     assert (third.outcome, third.patient_id) == ("registered", "DEPT-2^^^&1.2.3.1&ISO")
     (entry,) = approved_manifests(registry)
     assert entry.patient_id == third.patient_id
+    archive.studies.clear()
+    assert (await publish.attempt(studies.STUDY)).outcome == "withdrawn"
+    assert list(approved_manifests(registry)) == []
+
+
+async def test_a_pacs_that_goes_on_with_a_merged_patient(
+    node: NodeRepository, registry: Registry, memory: Publications
+) -> None:
+    archive = Archive(studies.study())
+    publish = publisher(archive, node, memory)
+    first = await publish.attempt(studies.STUDY)
+    survivor = f"SURVIVOR{first.patient_id[first.patient_id.index('^^^') :]}"
+    merge = FeedMessage("1", Merged((survivor,), (first.patient_id,)))
+    Administration(registry).feed(merge, "ITI-8", Requester("ADT"))
+    assert (await publish.attempt(studies.STUDY)).outcome == "unchanged"
+    archive.studies[studies.STUDY] = studies.study(studies.series(count=3))
+    changed = await publish.attempt(studies.STUDY)
+    assert (changed.outcome, changed.patient_id) == ("replaced", survivor)
+    (entry,) = approved_manifests(registry)
+    assert entry.patient_id == survivor
     archive.studies.clear()
     assert (await publish.attempt(studies.STUDY)).outcome == "withdrawn"
     assert list(approved_manifests(registry)) == []

@@ -469,7 +469,8 @@ class Publisher:
             record = await self.run(self.memory.study, self.pacs.name, study_instance_uid)
             patients += [record.patient_id] if record.patient_id else []
         found = []
-        for patient in dict.fromkeys(patients):
+        current = [await self.repository.current_patient_id(patient) for patient in patients]
+        for patient in dict.fromkeys(current):
             found += await self._registered_of(study_instance_uid, patient)
         return found
 
@@ -501,7 +502,14 @@ class Publisher:
         return sorted(found, key=lambda each: (each[0].creation_time, each[0].unique_id), reverse=True)
 
     async def _owner(self, contents: StudyContents) -> Identifier:
-        """Return whose study it is to the registry: who was given for it, as long as it is of the same patient."""
+        """Return whose study it is to the registry: who was given for it, as long as it is of the same patient.
+
+        A PACS may go on with an id that was merged into another: the registry takes nothing for it any more.
+        """
+        owner = await self._named_owner(contents)
+        return identifier_of(await self.repository.current_patient_id(str(owner)))
+
+    async def _named_owner(self, contents: StudyContents) -> Identifier:
         if self.patient_id is not None:
             return self.patient_id
         patient = contents.facts.patient

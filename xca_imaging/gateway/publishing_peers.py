@@ -42,6 +42,9 @@ class Repository(Protocol):
     async def stored_query(self, query: StoredQuery) -> QueryResponse:
         """ITI-18."""
 
+    async def current_patient_id(self, patient_id: str) -> str:
+        """Return the id that the registry has a patient under now; the same where it cannot be asked about merges."""
+
     async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
         """ITI-43; raises RegistryError for a document that is not to be had."""
 

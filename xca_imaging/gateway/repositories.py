@@ -84,6 +84,9 @@ class NodeRepository:
             return QueryResponse(uids.STATUS_FAILURE, (exc,))
         return QueryResponse(uids.STATUS_SUCCESS, (), Submission(documents=found))
 
+    async def current_patient_id(self, patient_id: str) -> str:
+        return await self._run(lambda: self._registry.current_patient_id(patient_id))
+
     async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
         repository = self._repository
         if repository is None or repository_unique_id != repository.repository_unique_id:
@@ -125,6 +128,9 @@ class SoapRepository:
 
     async def stored_query(self, query: StoredQuery) -> QueryResponse:
         return await self._client.stored_query(self._registry, query)
+
+    async def current_patient_id(self, patient_id: str) -> str:
+        return patient_id
 
     async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
         wanted = DocumentRequest(None, repository_unique_id, document_unique_id)
@@ -168,6 +174,9 @@ class RepositoryElsewhere:
         ]
         objects = replace(response.objects, documents=(*response.objects.documents, *there))
         return replace(response, objects=objects)
+
+    async def current_patient_id(self, patient_id: str) -> str:
+        return patient_id
 
     async def retrieve_document(self, repository_unique_id: str, document_unique_id: str) -> bytes:
         content = await asyncio.to_thread(self._memory.sent_content, self._endpoint.url, document_unique_id)

@@ -158,6 +158,11 @@ class Registry:
         with self.database.writing() as connection:
             patients.add(connection, patient_ids)
 
+    def current_patient_id(self, patient_id: str) -> str:
+        """Return the id that stands for a patient now: the surviving one where it was merged, else itself."""
+        with self.database.reading() as connection:
+            return patients.current(connection, patient_id)
+
     def check(self) -> None:
         """Ask the database for nothing: it answers, or the error of its driver is raised."""
         with self.database.reading() as connection:

@@ -69,6 +69,11 @@ def add(connection: Connection, patient_ids: Iterable[str]) -> None:
         connection.execute(insert(PatientRow), new)
 
 
+def current(connection: Connection, patient_id: str) -> str:
+    """Return the id that stands for a patient now: the surviving one where it was merged, else itself."""
+    return _load(connection, [patient_id]).get(patient_id) or patient_id
+
+
 def _of_our_domains(patient_ids: Iterable[str], policy: Policy) -> list[str]:
     accepted = policy.assigning_authorities
     found = [each for each in patient_ids if not accepted or rules.assigning_authority(each) in accepted]
