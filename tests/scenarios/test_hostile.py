@@ -846,8 +846,12 @@ def test_the_pacs_goes_in_mid_transfer(tmp_path: Path, how: str) -> None:
         if how == "frozen":
             scene.relay.release()
             scene.relay.cut()
-            again = rad69(scene.node, scene.study.instances)
-            assert again.registry_status == soap_client.SUCCESS
+            deadline = time.monotonic() + 60
+            while (again := rad69(scene.node, scene.study.instances)).registry_status != soap_client.SUCCESS:
+                # It is left alone for a while after it did not answer, and that is told.
+                assert {error.code for error in again.errors} == {"XDSRepositoryBusy"}
+                assert time.monotonic() < deadline
+                time.sleep(0.5)
 
 
 @pytest.mark.peer

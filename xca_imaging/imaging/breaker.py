@@ -27,7 +27,7 @@ class Breaker:
     # Mutable state: failures in a row (their subjects, the last one's time), how often it opened in a row, since when
     # and until when it is open and why, and the number of the move that probes.
 
-    def __init__(self, threshold: int = 3, pause: float = 15.0, max_pause: float = 240.0) -> None:
+    def __init__(self, threshold: int = 3, pause: float = 5.0, max_pause: float = 240.0) -> None:
         self._threshold, self._pause, self._max_pause = threshold, pause, max_pause
         self._failures, self._subjects, self._failed_at = 0, set[str](), float("-inf")
         self._trips = 0
