@@ -279,9 +279,12 @@ def pynetdicom_send(
     ae.acse_timeout = ae.dimse_timeout = ae.network_timeout = DEADLINE
     association = ae.associate(*address, ae_title="XCAI", tls_args=(tls, "localhost") if tls else None)
     assert association.is_established
+    opened = association.dul.socket.socket
     statuses = [association.send_c_echo().Status]
     statuses += [association.send_c_store(dataset).Status for dataset in datasets]
     association.release()
+    association.dul.join(DEADLINE)
+    opened.close()  # pynetdicom leaves it open when it cannot be shut down, because the peer was first
     return statuses
 
 

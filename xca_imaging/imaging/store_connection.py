@@ -142,7 +142,8 @@ class StoreConnection(asyncio.BufferedProtocol):
             self._unread = items if self._unread is None else itertools.chain(self._unread, items)
             self._set_reading(by_answer=True)
             return
-        self._process(self._layer.receive(self._buffer[:nbytes]))
+        if self._process(self._layer.receive(self._buffer[:nbytes])):
+            self._read_on()
         self._settle()
 
     def pause_writing(self) -> None:
@@ -188,13 +189,15 @@ class StoreConnection(asyncio.BufferedProtocol):
 
     # --- time and transport ---------------------------------------------------------------------------------------
 
-    def _process(self, items: Iterator[pdu.Pdu | pdu.Fragment]) -> None:
+    def _process(self, items: Iterator[pdu.Pdu | pdu.Fragment]) -> bool:
         """Carry out what was received, up to a request that must wait for its answer.
 
-        The pieces of a data set that one read has brought are passed on together: one write for all of them.
+        The pieces of a data set that one read has brought are passed on together: one write for all of them. Returns
+        whether it ended with a request whose data set is still to come.
         """
         fragment, messages = pdu.Fragment, self._messages
         pieces: list[memoryview] = []
+        is_begun = False
         try:
             for item in items:
                 if isinstance(item, fragment):
@@ -203,20 +206,38 @@ class StoreConnection(asyncio.BufferedProtocol):
                     command = messages.receive(item)
                     if command is not None:
                         inbound.start(item.context_id, command)
+                        is_begun = command.has_data_set
                     elif not item.is_command:
+                        is_begun = False
                         pieces.append(item.data)
                         if item.is_last or len(pieces) == _MOST_PIECES:
                             taken, pieces = pieces, []
                             inbound.take(item.is_last, *taken)
                     if inbound.is_waiting:
                         self._unread = items
-                        return
+                        return False
                 else:
                     self._indicate(item)
             if pieces and self._inbound is not None:
                 self._inbound.take(False, *pieces)
         except DicomProtocolError as error:
             self._layer.refuse(error)
+            return False
+        return is_begun
+
+    def _read_on(self) -> None:
+        """Read what came while a request was begun, without going round the event loop: mostly its whole data set.
+
+        Senders write the command and the data set one right after the other.
+        """
+        if not self._is_plain or self._socket is None or self._is_paused or self._transport.is_closing():
+            return
+        try:
+            length = self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
+        except OSError:  # nothing has come yet, or the transport will tell what is wrong
+            return
+        if length:  # the end of the stream will be told by the transport
+            self._process(self._layer.receive(self._buffer[:length]))
 
     def _go_on(self) -> None:
         """Carry out what came while an answer was waited for, and read on."""
@@ -287,17 +308,21 @@ class StoreConnection(asyncio.BufferedProtocol):
         else:
             self._transport.abort()
 
+    @property
+    def _is_paused(self) -> bool:
+        return self._paused_by_consumer or self._paused_by_output or self._paused_by_answer
+
     def _set_reading(
         self, *, by_consumer: bool | None = None, by_output: bool | None = None, by_answer: bool | None = None
     ) -> None:
-        was_paused = self._paused_by_consumer or self._paused_by_output or self._paused_by_answer
+        was_paused = self._is_paused
         if by_consumer is not None:
             self._paused_by_consumer = by_consumer
         if by_output is not None:
             self._paused_by_output = by_output
         if by_answer is not None:
             self._paused_by_answer = by_answer
-        is_paused = self._paused_by_consumer or self._paused_by_output or self._paused_by_answer
+        is_paused = self._is_paused
         if self._transport.is_closing() or is_paused == was_paused:
             return
         if is_paused:
