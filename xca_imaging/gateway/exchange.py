@@ -74,8 +74,8 @@ class Answer:
 class Context:
     """What an operation may know of the message beside its typed request.
 
-    `resources` is unwound when the answer has been written or can no
-    longer be: an operation enters there what its parts need for so long.
+    `resources` is unwound when the answer has been written or can no longer be: an operation enters there what its
+    parts need for so long.
     """
 
     caller: Caller
