@@ -37,8 +37,7 @@ from tests.imaging.test_store_scp import (
     store_rq,
     until,
 )
-from xca_imaging.imaging.arrival import Dropped
-from xca_imaging.imaging.receiver import Arriving, StoreRequest
+from xca_imaging.imaging.receiver import Arriving, Dropped, StoreRequest
 from xca_imaging.imaging.receivers import Siblings
 from xca_imaging.imaging.spool import Spool, SpooledInstance
 from xca_imaging.wire import pdu

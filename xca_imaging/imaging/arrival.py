@@ -14,23 +14,7 @@ from xca_imaging.errors import SpoolFull
 from xca_imaging.imaging.decisions import BytesArrived, InstanceArrived, StoreBroken
 from xca_imaging.imaging.receiver import Incoming, StoreRequest
 from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
-
-SUCCESS = 0x0000
-OUT_OF_RESOURCES = 0xA700  # PS3.4 Table B.2-1
-
-
-class Dropped:
-    """An instance that we own already: received, answered with Success, forgotten."""
-
-    def write(self, *data: memoryview) -> None:
-        """Forget it."""
-
-    def commit(self) -> int:
-        """Success: it is owned, from before."""
-        return SUCCESS
-
-    def discard(self, reason: str) -> None:
-        """Nothing to drop."""
+from xca_imaging.wire.dimse import STATUS_OUT_OF_RESOURCES, STATUS_SUCCESS
 
 
 class Arrival:
@@ -90,7 +74,7 @@ class Arrival:
             self._verify(self)
         else:
             self._tell(InstanceArrived(self.number, instance.size))
-        return SUCCESS
+        return STATUS_SUCCESS
 
     def discard(self, reason: str, no_room: bool = False) -> None:
         """Tell that it will not come; harmless once it is owned or broken."""
@@ -128,7 +112,7 @@ class SpoolingArrival(Arrival):
             )
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
-            return OUT_OF_RESOURCES
+            return STATUS_OUT_OF_RESOURCES
         return self
 
     def write(self, *data: memoryview) -> None:
@@ -148,7 +132,7 @@ class SpoolingArrival(Arrival):
             instance = self.writer.commit()
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
-            return OUT_OF_RESOURCES
+            return STATUS_OUT_OF_RESOURCES
         return self.adopt(instance)
 
     def discard(self, reason: str, no_room: bool = False) -> None:

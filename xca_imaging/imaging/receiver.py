@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
+from xca_imaging.wire.dimse import STATUS_SUCCESS
+
 if TYPE_CHECKING:
-    from xca_imaging.imaging.arrival import Dropped
     from xca_imaging.imaging.spool import SpooledInstance
 
 MAX_NOTIFICATION = 1_000_000
@@ -91,6 +92,20 @@ class Incoming(Protocol):
 
     def discard(self, reason: str) -> None:
         """Drop what came: the association is gone or the instance cannot be kept. Harmless when repeated."""
+
+
+class Dropped:
+    """An instance that we own already: received, answered with Success, forgotten."""
+
+    def write(self, *data: memoryview) -> None:
+        """Forget it."""
+
+    def commit(self) -> int:
+        """Success: it is owned, from before."""
+        return STATUS_SUCCESS
+
+    def discard(self, reason: str) -> None:
+        """Nothing to drop."""
 
 
 class Arriving(Protocol):

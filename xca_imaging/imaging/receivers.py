@@ -20,8 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from xca_imaging.errors import SpoolFull
-from xca_imaging.imaging.arrival import Dropped
-from xca_imaging.imaging.receiver import Arriving, Later, PeerAssociation, Receiver, StoreRequest
+from xca_imaging.imaging.receiver import Arriving, Dropped, Later, PeerAssociation, Receiver, StoreRequest
 from xca_imaging.imaging.sibling import Lines
 from xca_imaging.imaging.spool import Spool
 from xca_imaging.imaging.store_scp import SOCKET_BUFFER

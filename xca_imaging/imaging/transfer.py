@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 from xca_imaging import settings
 from xca_imaging.errors import RegistryError, RepositoryBusy, RepositoryError
 from xca_imaging.imaging import decisions as d
-from xca_imaging.imaging.arrival import Arrival, Dropped, SpoolingArrival
+from xca_imaging.imaging.arrival import Arrival, SpoolingArrival
 from xca_imaging.imaging.backends import make_backends
 from xca_imaging.imaging.backends.cfind import Queries
 from xca_imaging.imaging.backends.pool import Associations
@@ -39,7 +39,7 @@ from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.moves import Moves
 from xca_imaging.imaging.part10 import Part10Error, identify
 from xca_imaging.imaging.plan import FetchPlan, SeriesFetch, build
-from xca_imaging.imaging.receiver import Incoming, PeerAssociation, Receiving, StoreRequest
+from xca_imaging.imaging.receiver import Dropped, Incoming, PeerAssociation, Receiving, StoreRequest
 from xca_imaging.imaging.scheduler import Scheduler
 from xca_imaging.imaging.spool import Spool, SpooledInstance
 from xca_imaging.imaging.stock import Stock
