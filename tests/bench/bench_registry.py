@@ -134,8 +134,10 @@ def registrations(registry: Registry, patients: int, seconds: float = 3.0) -> fl
     chance = random.Random(8)
     prepared = [manifests(patient(chance.randrange(patients)), [study_reference(new_uid())]) for _ in range(3000)]
     started, count = time.perf_counter(), 0
-    for count, each in enumerate(prepared, 1):  # noqa: B007
+    count = 0
+    for each in prepared:
         registry.register(each)
+        count += 1
         if time.perf_counter() - started > seconds:
             break
     return count / (time.perf_counter() - started)
