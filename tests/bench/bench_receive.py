@@ -168,8 +168,12 @@ class _Kept:
         self.write = writer.write
 
     def commit(self) -> int:
-        self._writer.commit().hold()
+        self._writer.seal()
         return 0x0000
+
+    def conclude(self) -> None:
+        self._writer.commit().hold()
+        self._writer.spool.prepare()
 
     def discard(self, reason: str) -> None:
         self._writer.discard()

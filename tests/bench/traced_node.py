@@ -50,7 +50,7 @@ class _TracedIncoming:
 
     def __init__(self, incoming: Incoming, association: int) -> None:
         self._incoming, self._association, self._size = incoming, association, 0
-        self.discard = incoming.discard
+        self.conclude, self.discard = incoming.conclude, incoming.discard
 
     def write(self, *data: memoryview) -> None:
         self._size += sum(map(len, data))

@@ -66,6 +66,9 @@ class ScriptedIncoming:
         self.receiver.held[self.request.sop_instance_uid] = (self.request, bytes(self.data))
         return self.receiver.commit_status
 
+    def conclude(self) -> None:
+        self.receiver.concluded.append(self.request.sop_instance_uid)
+
     def discard(self, reason: str) -> None:
         self.receiver.discarded.append(reason)
 
@@ -81,6 +84,7 @@ class ScriptedReceiver:
         self.commit_error: Exception | None = None
         self.commit_status = 0x0000
         self.held: dict[str, tuple[StoreRequest, bytes]] = {}
+        self.concluded: list[str] = []
         self.discarded: list[str] = []
         self.begun: list[StoreRequest] = []
         self.refused: list[Mapping[str, tuple[str, ...]]] = []
@@ -262,8 +266,11 @@ class _Spooling:
         self.writer.write(*data)
 
     def commit(self) -> int:
-        self.writer.commit()
+        self.writer.seal()
         return 0
+
+    def conclude(self) -> None:
+        self.writer.commit()
 
     def discard(self, reason: str) -> None:
         self.writer.discard()

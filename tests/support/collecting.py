@@ -27,6 +27,9 @@ class Kept:
         self.status = 0x0000
         return 0x0000
 
+    def conclude(self) -> None:
+        """All is here already."""
+
     def discard(self, reason: str) -> None:
         self.discarded = reason
 

@@ -126,14 +126,21 @@ class SpoolingArrival(Arrival):
         self.progress(sum(map(len, data)))
 
     def commit(self) -> int:
-        """Own it."""
+        """Have it whole on the disk."""
         assert self.writer is not None
         try:
-            instance = self.writer.commit()
+            self.writer.seal()
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
             return STATUS_OUT_OF_RESOURCES
-        return self.adopt(instance)
+        return STATUS_SUCCESS
+
+    def conclude(self) -> None:
+        """Own it; harmless when it is broken."""
+        assert self.writer is not None
+        if not self._is_over:
+            self.adopt(self.writer.commit())
+            self.writer.spool.prepare()
 
     def discard(self, reason: str, no_room: bool = False) -> None:
         """Leave nothing of it behind."""

@@ -154,20 +154,28 @@ class Inbound:
             self._incoming = _Notification(self._receiver, self._peer, command, self._syntaxes[self._context_id])
 
     def _finish(self) -> None:
-        """The request is complete: carry it out and answer."""
-        if self._incoming is not None:
-            try:
-                status = self._incoming.commit()
-                self._incoming = None
-            except Exception as exc:
-                self._fail(exc)
-            else:
-                if isinstance(status, Later):
-                    self.is_waiting = not status.is_known
-                    status.then(self._answer_later if self.is_waiting else self._answer)
-                    return
-                self._status = status
-        self._answer(self._status)
+        """The request is complete: carry it out, answer, and only then tell of it here."""
+        incoming = self._incoming
+        if incoming is None:
+            self._answer(self._status)
+            return
+        try:
+            status = incoming.commit()
+        except Exception as exc:
+            self._fail(exc)
+            self._answer(self._status)
+            return
+        self._incoming = None
+        if isinstance(status, Later):
+            self.is_waiting = not status.is_known
+            status.then(self._answer_later if self.is_waiting else self._answer)
+        else:
+            self._answer(status)
+        try:
+            incoming.conclude()
+        except Exception as exc:
+            logger.error("an instance that was answered could not be kept", exc_info=exc)
+            incoming.discard(str(exc))
 
     def _answer_later(self, status: int) -> None:
         self.is_waiting = False
@@ -238,6 +246,9 @@ class _Notification:
             bytes(self._data),
             self._transfer_syntax_uid,
         )
+
+    def conclude(self) -> None:
+        self._data.clear()
 
     def discard(self, reason: str) -> None:
         self._data.clear()

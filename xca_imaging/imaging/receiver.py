@@ -79,7 +79,7 @@ class StoreRequest(NamedTuple):
 
 
 class Incoming(Protocol):
-    """An instance on its way in. After `commit` or `discard` it is not used any more."""
+    """An instance on its way in. After `conclude` or `discard` it is not used any more."""
 
     def write(self, *data: memoryview) -> None:
         """Take the next bytes of the data set, in one piece or several; the views are valid during the call only.
@@ -88,7 +88,13 @@ class Incoming(Protocol):
         """
 
     def commit(self) -> int | Later[int]:
-        """Return the DIMSE status of the whole instance: 0000H only when it is owned."""
+        """Return the DIMSE status of the whole instance: 0000H only when all of it is written and its file closed."""
+
+    def conclude(self) -> None:
+        """Do what nobody waits for: index it and tell of it. Called once, as soon as its status was sent.
+
+        The peer fetches its next object meanwhile. Nothing else happens in between.
+        """
 
     def discard(self, reason: str) -> None:
         """Drop what came: the association is gone or the instance cannot be kept. Harmless when repeated."""
@@ -103,6 +109,9 @@ class Dropped:
     def commit(self) -> int:
         """Success: it is owned, from before."""
         return STATUS_SUCCESS
+
+    def conclude(self) -> None:
+        """Nothing to tell."""
 
     def discard(self, reason: str) -> None:
         """Nothing to drop."""

@@ -467,6 +467,9 @@ class _File:
             self._sibling.tell("broken", self._store, str(exc), True)
             raise
 
+    def conclude(self) -> None:
+        """The main process has all of it."""
+
     def discard(self, reason: str, no_room: bool = False) -> None:
         """Leave nothing of it behind, and tell."""
         if self._refused is not None:

@@ -92,7 +92,8 @@ class Spool:
     """
 
     # Mutable state: descriptors of the lock (_lock_fd, -1 once closed) and of the folder (_folder_fd), the counter of
-    # file names in this run (_run, _count), files of this process that exist and are not yet removed (_files), bytes of
+    # file names in this run (_run, _count), name and descriptor of a file made ahead (_spare), files of this process
+    # that exist and are not yet removed (_files), bytes of
     # all files (used_bytes), up to where they may grow before disk and level are looked at again (_limit), the marks in
     # bytes (_high_bytes, _low_bytes), instances by SOP Instance UID and transfer syntax (_instances), those nobody
     # holds, longest idle first, with their bytes (_idle, _idle_bytes), those that are not verified yet (_doubtful),
@@ -119,6 +120,7 @@ class Spool:
         self.folder.mkdir(exist_ok=True)
         self._folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files: set[str] = set()
+        self._spare: tuple[str, int] | None = None
         self.used_bytes = 0
         self.is_high = False
         self.on_level: Callable[[bool], None] = lambda is_high: None
@@ -164,6 +166,12 @@ class Spool:
     def create_attachment(self) -> AttachmentWriter:
         """Begin a file for a received MIME part; raises SpoolFull as `create` does."""
         return AttachmentWriter(self)
+
+    def prepare(self) -> None:
+        """Make the next file ahead, while no peer waits for it: that takes longer than to write a small object."""
+        if self._spare is None:
+            with suppress(SpoolFull, OSError):  # whoever needs it will see
+                self._spare = self._create_file()
 
     def reserve(self, length: int) -> None:
         """Lend bytes of the quota to a sibling process, which writes without asking; raises SpoolFull."""
@@ -248,6 +256,7 @@ class Spool:
         """Keep the spool in order, until cancelled: expire, verify what an earlier run left, compact the journal."""
         while True:
             try:
+                self._drop_spare()
                 self.expire()
                 self._tell_journal()
                 if self._journal.lines > _GARBAGE + 2 * len(self._files):
@@ -277,6 +286,7 @@ class Spool:
         self._executor.shutdown(cancel_futures=True)
         self._tell_journal()
         self._journal.close()
+        self._drop_spare()
         kept = {each.name for each in self._all() if each.source}
         for name in self._files - kept:
             self._unlink(name)
@@ -287,6 +297,10 @@ class Spool:
     # --- what writers and instances tell us -----------------------------------------------------------------------
 
     def _create_file(self) -> tuple[str, int]:
+        spare = self._spare
+        if spare is not None:
+            self._spare = None
+            return spare
         name = f"{self._run:x}.{next(self._count):x}"
         try:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._folder_fd)
@@ -294,6 +308,12 @@ class Spool:
             raise_mapped(exc)
         self._files.add(name)
         return name, fd
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            (name, fd), self._spare = self._spare, None
+            os.close(fd)
+            self._remove_file(name, 0)
 
     def _remove_file(self, name: str, size: int) -> None:
         if name in self._files:

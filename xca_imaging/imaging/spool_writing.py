@@ -49,15 +49,20 @@ def raise_mapped(exc: OSError) -> NoReturn:
     raise exc
 
 
-def _write_all(fd: int, view: memoryview) -> None:
+def _write_all(fd: int, view: memoryview | bytes) -> None:
     """Finish a write that the kernel cut short; where there is no room, the next call says so."""
     while view:
         view = view[os.write(fd, view) :]
 
 
-def write_pieces(fd: int, *pieces: memoryview) -> None:
+def write_pieces(fd: int, *pieces: memoryview | bytes) -> None:
     """Write all pieces, in one go unless the kernel cuts it short."""
-    written = os.writev(fd, pieces) if len(pieces) > 1 else os.write(fd, pieces[0])
+    if len(pieces) == 1:
+        written, wanted = os.write(fd, pieces[0]), len(pieces[0])
+    else:
+        written, wanted = os.writev(fd, pieces), sum(map(len, pieces))
+    if written == wanted:
+        return
     for piece in pieces:
         if written < len(piece):
             _write_all(fd, piece[written:])
@@ -67,18 +72,18 @@ def write_pieces(fd: int, *pieces: memoryview) -> None:
 class _Writer:
     """A file that is being written within the quota; it is either committed or leaves nothing behind."""
 
-    # Mutable state: the open file (_fd), whether it is committed or discarded (_is_done), and the bytes that stand to
-    # its account (size).
-    __slots__ = ("_fd", "_is_done", "_name", "_spool", "size")
+    # Mutable state: the open file (_fd, -1 once closed), whether it is committed or discarded (_is_done), and the bytes
+    # that stand to its account (size).
+    __slots__ = ("_fd", "_is_done", "_name", "size", "spool")
 
     def __init__(self, spool: Spool) -> None:
-        self._spool = spool
+        self.spool = spool
         self._is_done = False
         self.size = 0
         self._name, self._fd = spool._create_file()
 
     def _charge(self, length: int) -> None:
-        spool = self._spool
+        spool = self.spool
         if spool.used_bytes + length > spool._limit:
             spool._make_room(length)
         spool.used_bytes += length
@@ -88,16 +93,18 @@ class _Writer:
         """Remove what was written; does nothing once committed or discarded."""
         if not self._is_done:
             self._is_done = True
-            os.close(self._fd)
-            self._spool._remove_file(self._name, self.size)
+            if self._fd >= 0:
+                os.close(self._fd)
+            self.spool._remove_file(self._name, self.size)
 
     def _close(self) -> None:
         """Close what was written whole; a file system that only now finds itself full leaves nothing behind."""
-        self._is_done = True
+        fd, self._fd = self._fd, -1
         try:
-            os.close(self._fd)
+            os.close(fd)
         except OSError as exc:
-            self._spool._remove_file(self._name, self.size)
+            self._is_done = True
+            self.spool._remove_file(self._name, self.size)
             raise_mapped(exc)
 
 
@@ -153,18 +160,21 @@ class SpoolWriter(_Writer):
 
     def write(self, *data: memoryview) -> None:
         """Append the next bytes of the data set, in one piece or several; `data` is not kept."""
-        length = sum(map(len, data))
         # _charge, spelled out: this runs once per read.
-        spool = self._spool
-        if spool.used_bytes + length > spool._limit:
+        length = len(data[0]) if len(data) == 1 else sum(map(len, data))
+        spool = self.spool
+        used = spool.used_bytes + length
+        if used > spool._limit:
             spool._make_room(length)
-        spool.used_bytes += length
+            used = spool.used_bytes + length
+        spool.used_bytes = used
         self.size += length
+        update = self._checksum.update
         for piece in data:
-            self._checksum.update(piece)
+            update(piece)
         try:
             if self._head:  # File Meta Information goes out with the first bytes: one write for a small object
-                write_pieces(self._fd, memoryview(self._head), *data)
+                write_pieces(self._fd, self._head, *data)
                 self._head = b""
             else:
                 write_pieces(self._fd, *data)
@@ -174,14 +184,24 @@ class SpoolWriter(_Writer):
         if self._wake is not None:
             self._wake_readers()
 
-    def commit(self) -> SpooledInstance:
-        """Close the file and let others find it. Nobody holds the instance yet."""
+    def seal(self) -> None:
+        """Close the file, which is whole; `commit` or `discard` follows."""
         if self._head:
             self.write(memoryview(b""))
         try:
             self._close()
+        except (SpoolFull, OSError):
+            self._wake_readers()
+            raise
+
+    def commit(self) -> SpooledInstance:
+        """Let others find the instance, after `seal` unless that was done. Nobody holds it yet."""
+        if self._fd >= 0:
+            self.seal()
+        self._is_done = True
+        try:
             instance = SpooledInstance(
-                self._spool,
+                self.spool,
                 self._name,
                 self.size,
                 checksum=self._checksum.hexdigest(),
@@ -189,7 +209,7 @@ class SpoolWriter(_Writer):
                 sop_instance_uid=self._sop_instance_uid,
                 transfer_syntax_uid=self._transfer_syntax_uid,
             )
-            self._spool._add(instance)
+            self.spool._add(instance)
             self.instance = instance
             return instance
         finally:
@@ -202,7 +222,7 @@ class SpoolWriter(_Writer):
 
     def reader(self) -> ArrivalReader:
         """Return one who reads along, from the first byte; there may be several. Called before the file is over."""
-        fd = os.open(self._name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self._spool._folder_fd)
+        fd = os.open(self._name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.spool._folder_fd)
         return ArrivalReader(self, fd)
 
     def _wake_readers(self) -> None:
@@ -318,5 +338,6 @@ class AttachmentWriter(_Writer):
     def commit(self) -> Attachment:
         """Close the file and return it with its length and hashes (lower case hexadecimal)."""
         self._close()
-        path = self._spool.folder / self._name
-        return Attachment(path, self.size, self._sha1.hexdigest(), self._sha256.hexdigest(), self._spool)
+        self._is_done = True
+        path = self.spool.folder / self._name
+        return Attachment(path, self.size, self._sha1.hexdigest(), self._sha256.hexdigest(), self.spool)

@@ -35,6 +35,9 @@ _NEXT_HEADER = 12  # bytes of a P-DATA-TF before its first data
 _MOST_PIECES = 256
 """Pieces of a data set written at once; writev(2) takes 1024."""
 
+_READS_AT_ONCE = 16
+"""Reads of one peer before others get their turn: 2 MB in PDUs of the length that we offer."""
+
 _SPARE = 16 * 1024
 """Bytes read at most of a peer that asks on before it is answered."""
 
@@ -85,8 +88,8 @@ class StoreConnection(asyncio.BufferedProtocol):
     # Mutable state: the machines (_layer, _messages), the peer once accepted (peer), its requests (_inbound) and
     # maximum length (_peer_max), timers (_active_at: last sign of life, _artim_at and _artim_state: since when and in
     # which state ARTIM runs, _timer), why reading is paused (_paused_by_consumer, _paused_by_output,
-    # _paused_by_answer), what was read and must wait for an answer (_unread), where it was read to (_spare), and the
-    # first reason to end (_reason).
+    # _paused_by_answer), whether we have sent something since the last read (_has_sent), what was read and must wait
+    # for an answer (_unread), where it was read to (_spare), and the first reason to end (_reason).
 
     _transport: asyncio.Transport
 
@@ -109,7 +112,7 @@ class StoreConnection(asyncio.BufferedProtocol):
         self._active_at = self._artim_at = loop.time()
         self._artim_state = State.STA1
         self._timer: asyncio.TimerHandle | None = None
-        self._paused_by_consumer = self._paused_by_output = self._paused_by_answer = False
+        self._paused_by_consumer = self._paused_by_output = self._paused_by_answer = self._has_sent = False
         self._reason = ""
 
     # --- asyncio --------------------------------------------------------------------------------------------------
@@ -132,17 +135,22 @@ class StoreConnection(asyncio.BufferedProtocol):
         if self._unread is not None:  # its views are of the other one
             self._spare = memoryview(bytearray(_SPARE))
             return self._spare
+        self._spare = None  # of a read that brought nothing
+        return self._window()
+
+    def _window(self) -> memoryview:
         left = self._layer.data_left
         return self._buffer[: left + _NEXT_HEADER] if left >= _ALIGN_FROM else self._buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         self._active_at = self._loop.time()
+        self._has_sent = False
         if self._spare is not None:
             items, self._spare = self._layer.receive(self._spare[:nbytes]), None
             self._unread = items if self._unread is None else itertools.chain(self._unread, items)
             self._set_reading(by_answer=True)
             return
-        if self._process(self._layer.receive(self._buffer[:nbytes])):
+        if self._take(self._buffer[:nbytes]):
             self._read_on()
         self._settle()
 
@@ -189,15 +197,20 @@ class StoreConnection(asyncio.BufferedProtocol):
 
     # --- time and transport ---------------------------------------------------------------------------------------
 
+    def _take(self, data: memoryview) -> bool:
+        """Carry out what was read; return whether more of a data set is due."""
+        fragment = self._layer.receive_value(data)
+        return self._process(self._layer.receive(data) if fragment is None else iter((fragment,)))
+
     def _process(self, items: Iterator[pdu.Pdu | pdu.Fragment]) -> bool:
         """Carry out what was received, up to a request that must wait for its answer.
 
         The pieces of a data set that one read has brought are passed on together: one write for all of them. Returns
-        whether it ended with a request whose data set is still to come.
+        whether it ended amid a request whose data set is still to come.
         """
         fragment, messages = pdu.Fragment, self._messages
         pieces: list[memoryview] = []
-        is_begun = False
+        is_amid = False
         try:
             for item in items:
                 if isinstance(item, fragment):
@@ -206,9 +219,9 @@ class StoreConnection(asyncio.BufferedProtocol):
                     command = messages.receive(item)
                     if command is not None:
                         inbound.start(item.context_id, command)
-                        is_begun = command.has_data_set
+                        is_amid = command.has_data_set
                     elif not item.is_command:
-                        is_begun = False
+                        is_amid = not item.is_last
                         pieces.append(item.data)
                         if item.is_last or len(pieces) == _MOST_PIECES:
                             taken, pieces = pieces, []
@@ -223,21 +236,33 @@ class StoreConnection(asyncio.BufferedProtocol):
         except DicomProtocolError as error:
             self._layer.refuse(error)
             return False
-        return is_begun
+        return is_amid
 
     def _read_on(self) -> None:
-        """Read what came while a request was begun, without going round the event loop: mostly its whole data set.
+        """Read the rest of a data set as far as it has come, without going round the event loop for each piece.
 
         Senders write the command and the data set one right after the other.
         """
-        if not self._is_plain or self._socket is None or self._is_paused or self._transport.is_closing():
+        if not self._is_plain or self._socket is None:
             return
-        try:
-            length = self._socket.recv_into(self._buffer, 0, socket.MSG_DONTWAIT)
-        except OSError:  # nothing has come yet, or the transport will tell what is wrong
-            return
-        if length:  # the end of the stream will be told by the transport
-            self._process(self._layer.receive(self._buffer[:length]))
+        read, layer, messages, inbound = self._socket.recv_into, self._layer, self._messages, self._inbound
+        assert inbound is not None
+        for _ in range(_READS_AT_ONCE):
+            if self._is_paused or self._transport.is_closing():
+                return
+            window = self._window()
+            try:
+                length = read(window, 0, socket.MSG_DONTWAIT)
+            except OSError:  # nothing more has come yet, or the transport will tell what is wrong
+                return
+            if not length:  # the end of the stream will be told by the transport
+                return
+            data = window if length == len(window) else window[:length]
+            value = layer.receive_value(data)
+            if value is not None and not value.is_last and value.context_id == messages.data_set_context:
+                inbound.take(False, value.data)
+            elif not self._process(layer.receive(data) if value is None else iter((value,))):
+                return
 
     def _go_on(self) -> None:
         """Carry out what came while an answer was waited for, and read on."""
@@ -254,7 +279,7 @@ class StoreConnection(asyncio.BufferedProtocol):
         layer = self._layer
         if output := layer.take_output():
             self._send(output)
-        elif self._socket is not None:
+        elif not self._has_sent and self._socket is not None:
             # A peer that leaves Nagle's algorithm on waits for our ACK before it sends the rest of an object, and the
             # kernel delays that by 40 ms unless told otherwise, each time anew (tcp(7)). An answer carries the ACK.
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
@@ -273,6 +298,7 @@ class StoreConnection(asyncio.BufferedProtocol):
 
     def _send(self, output: bytes) -> None:
         """Send at once what the kernel takes, and leave the rest to the transport, which does so a little later."""
+        self._has_sent = True
         if self._is_plain and self._socket is not None and not self._transport.get_write_buffer_size():
             try:
                 sent = self._socket.send(output)
@@ -398,6 +424,7 @@ class StoreConnection(asyncio.BufferedProtocol):
     def _respond(self, context_id: int, answer: bytes) -> None:
         if self._layer.state is State.STA6:  # an answer that came late may find the association gone
             self._layer.send_data(pdu.encode_p_data(context_id, answer, is_command=True, max_length=self._peer_max))
+            self._send(self._layer.take_output())  # now: what is done after it, the peer does not wait for
 
     def _end(self, reason: str) -> None:
         """Let go of the object on its way and of the association; does nothing the second time."""

@@ -588,6 +588,33 @@ class Reader:
                 elif self._start_pdv(header):
                     yield Fragment(self._context_id, self._is_command, self._is_last, data[position:position])
 
+    def receive_value(self, data: memoryview, contexts: frozenset[int]) -> Fragment | None:
+        """Return what `receive` would yield, in the case that all large data sets consist of; else None.
+
+        That is more of a data set's value that has begun, with the header of the next PDU or without: `receive` and its
+        layers cost a tenth of a read's time. When it returns None, nothing was taken.
+        """
+        left, length, context_id = self._pdv_left, len(data), self._context_id
+        if not left or self._is_command or context_id not in contexts:
+            return None
+        if length < left:
+            self._pdv_left = left - length
+            return Fragment(context_id, False, False, data)
+        if length == left:
+            self._pdv_left = 0
+            return Fragment(context_id, False, self._is_last, data)
+        if length == left + 2 * _HEADER_LENGTH and not self._pdu_left and not self._is_last:
+            pdu_type, pdu_length, pdv_length, next_context, control = _P_DATA_HEADER.unpack_from(data, left)
+            if (
+                pdu_type == _P_DATA_TF
+                and next_context == context_id
+                and 2 < pdv_length == pdu_length - 4 <= self._max_pdu_length - 4
+                and not control & _CONTROL_COMMAND
+            ):
+                self._pdv_left, self._is_last = pdv_length - 2, control & _CONTROL_LAST != 0
+                return Fragment(context_id, False, False, data[:left])
+        return None
+
     def _start_pdu(self, header: memoryview) -> None:
         pdu_type, length = _PDU_HEADER.unpack(header)
         if pdu_type == _P_DATA_TF:

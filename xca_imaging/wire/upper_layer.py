@@ -325,6 +325,15 @@ class UpperLayer:
             self._lost = True
             self._receive_event(Event.EVT19, str(error), error.abort_reason)
 
+    def receive_value(self, data: memoryview) -> pdu.Fragment | None:
+        """Return what `receive` would yield, where that is one fragment of a data set and nothing else; else None.
+
+        Nothing has happened then, and `receive` is to be called. Nothing that `receive` returned before may be left.
+        """
+        if self._lost or self.state is not State.STA6:
+            return None
+        return self._reader.receive_value(data, self.contexts)
+
     def refuse(self, error: DicomProtocolError) -> None:
         """Answer with A-ABORT what the layer above found wrong with a PDU that was passed on."""
         self._lost = True

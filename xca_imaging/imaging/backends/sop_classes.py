@@ -213,6 +213,9 @@ class _Look:
             learnt.headers[self._looker.series] = Attributes(_header(bytes(self._head), request.transfer_syntax_uid))
         return dimse.STATUS_SUCCESS
 
+    def conclude(self) -> None:
+        self._head.clear()
+
     def discard(self, reason: str) -> None:
         self._head.clear()
 

@@ -409,6 +409,7 @@ class _Retrieval:
         except Exception:
             incoming.discard("it could not be kept")
             raise
+        incoming.conclude()
         if status == _SUCCESS:
             self.taken[self._uid] = self._syntax
             self._on_response(MoveResult(_PENDING, completed=len(self.taken)))
