@@ -12,7 +12,8 @@ small
     2000 objects of 2 KB, likewise.
 four
     Four senders at once, each with 200 CT images of 512 KB of its own, Nagle's algorithm off. Ours has two sibling
-    processes (`dicom.receivers = 2`), DCMTK a process for each association (`--fork`).
+    processes (`dicom.receivers = 2`), which are told what to expect as a node tells them when it asks a PACS to send;
+    DCMTK has a process for each association (`--fork`).
 nagle
     400 CT images of 512 KB with Nagle's algorithm on, which is DCMTK's default and that of many a PACS. `dcmtk` has its
     defaults at both ends; `dcmtk-nodelay` is a `storescp` with TCP_NODELAY=1, which most of the waiting goes away with:
@@ -104,6 +105,11 @@ SIBLINGS = 2
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def instance_uid(case: Case, association: int, number: int) -> str:
+    """Return the SOP Instance UID of an object."""
+    return f"{ROOT}.{case.pixel_bytes}.{association}.{number}"
+
+
 def write_objects(directory: Path, case: Case, association: int) -> None:
     """Write the objects of one of the case's associations as Part 10 files."""
     directory.mkdir(parents=True)
@@ -111,7 +117,7 @@ def write_objects(directory: Path, case: Case, association: int) -> None:
     for number in range(1, case.count + 1):
         dataset = Dataset()
         dataset.SOPClassUID = CTImageStorage if rows == 512 else SecondaryCaptureImageStorage
-        dataset.SOPInstanceUID = f"{ROOT}.{case.pixel_bytes}.{association}.{number}"
+        dataset.SOPInstanceUID = instance_uid(case, association, number)
         dataset.StudyInstanceUID, dataset.SeriesInstanceUID = f"{ROOT}.1", f"{ROOT}.1.1"
         dataset.PatientID, dataset.PatientName, dataset.Modality = "BENCH", "Bench^Mark", "CT"
         dataset.InstanceNumber = number
@@ -200,6 +206,9 @@ async def serve_ours(directory: Path, siblings: int) -> None:
     else:
         scp = StoreScp(receiver, ae_title=AE_TITLE, host="127.0.0.1", port=0)
     await scp.start()
+    large = next(case for case in CASES if case.name == "four")
+    numbers = range(1, large.count + 1)
+    scp.expect([instance_uid(large, each, number) for each in range(large.associations) for number in numbers])
     print(scp.sockets[0][1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent closes the pipe
     await scp.close(0)

@@ -177,6 +177,78 @@ async def test_what_is_not_wanted_leaves_nothing(receiver: OfferReceiver, spool:
     assert spool.used_bytes == receiver.adopted["1.4"].size
 
 
+async def test_what_is_expected_is_answered_first_and_told_together(receiver: OfferReceiver, spool: Spool) -> None:
+    receiver.begin_error = KeyError("a defect")  # it is not asked before the answer
+    async with receiving(receiver, spool, count=2) as siblings, connected(siblings) as peer:
+        siblings.expect([f"1.{number}" for number in range(20)])
+        await peer.associate()
+        for number in range(10):
+            peer.send(
+                store_rq(f"1.{number}", move_originator_ae_title="XCAI", move_originator_message_id=7), data(b"a")
+            )
+            assert (await peer.read()).status == 0
+        await until(lambda: len(receiver.begun) == 10)
+        assert (receiver.adopted, receiver.broken) == ({}, [])
+        assert (files(spool), spool.used_bytes - sum(each._lease for each in siblings.alive)) == ([], 0)
+        receiver.begin_error = None
+        for number in range(10, 20):
+            peer.send(store_rq(f"1.{number}"), data(bytes(number)))
+            assert (await peer.read()).status == 0
+        await until(lambda: len(receiver.adopted) == 10)
+        receiver.refuse = 0x0124
+        peer.send(store_rq("1.19"), data(b"again"))  # it is expected once
+        assert (await peer.read()).status == 0x0124
+    assert [request.move_originator_message_id for request in receiver.begun[:11]] == [7] * 10 + [None]
+    assert files(spool) == sorted(each.name for each in receiver.adopted.values())
+    assert spool.used_bytes == sum(each.size for each in receiver.adopted.values())
+
+
+async def test_what_is_expected_no_more_is_asked_for_first(receiver: OfferReceiver, spool: Spool) -> None:
+    async with receiving(receiver, spool) as siblings, connected(siblings) as peer:
+        siblings.expect(["1.1", "1.2"])
+        siblings.expect_no_more(["1.1", "1.2"])
+        await peer.associate()
+        receiver.refuse = 0x0124
+        peer.send(store_rq("1.1"), data(b"abc"))
+        assert (await peer.read()).status == 0x0124
+    assert files(spool) == []
+
+
+async def test_an_expected_instance_that_takes_long_is_told_of_on_its_way(
+    receiver: OfferReceiver, spool: Spool
+) -> None:
+    async with receiving(receiver, spool) as siblings:
+        siblings.expect(["1.2.3", "1.1"])
+        async with connected(siblings) as peer:
+            await peer.associate()
+            peer.send(store_rq("1.1"), data(bytes(10_000))[:5000])
+            await asyncio.sleep(0.3)
+            assert receiver.begun == []
+            peer.send(data(bytes(10_000))[5000:])
+            await until(lambda: receiver.progressed)
+            assert (await peer.read()).status == 0
+            peer.send(store_rq(), data(bytes(10_000))[:5000], pdu.Abort(0).encode()[:1])
+        await until(lambda: receiver.closed)
+    assert list(receiver.adopted) == ["1.1"]
+    assert receiver.broken == [("1.2.3", "connection closed by the peer", False)]
+    assert files(spool) == [receiver.adopted["1.1"].name]
+
+
+async def test_the_room_that_expected_instances_may_take_is_that_of_all(
+    receiver: OfferReceiver, tmp_path: Path
+) -> None:
+    spool = Spool(tmp_path / "small", max_bytes=100_000, retention=60)
+    async with receiving(receiver, spool) as siblings, connected(siblings) as peer:
+        siblings.expect(["1.1", "1.2"])
+        await peer.associate()
+        for uid, status in (("1.1", 0), ("1.2", 0xA700)):
+            peer.send(store_rq(uid), data(bytes(60_000), max_length=20_000))
+            assert (await peer.read()).status == status
+    assert [(uid, no_room) for uid, _, no_room in receiver.broken] == [("1.2", True)]
+    assert spool.used_bytes == sum(each.size for each in receiver.adopted.values())
+    spool.close()
+
+
 async def test_broken_object_and_progress(receiver: OfferReceiver, spool: Spool) -> None:
     async with receiving(receiver, spool) as siblings:
         async with connected(siblings) as peer:

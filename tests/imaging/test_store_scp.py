@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import os
 import socket
 import ssl
 import struct
@@ -67,7 +68,7 @@ class ScriptedIncoming:
         return self.receiver.commit_status
 
     def conclude(self) -> None:
-        self.receiver.concluded.append(self.request.sop_instance_uid)
+        self.receiver.on_conclude(self)
 
     def discard(self, reason: str) -> None:
         self.receiver.discarded.append(reason)
@@ -84,7 +85,7 @@ class ScriptedReceiver:
         self.commit_error: Exception | None = None
         self.commit_status = 0x0000
         self.held: dict[str, tuple[StoreRequest, bytes]] = {}
-        self.concluded: list[str] = []
+        self.on_conclude: Callable[[ScriptedIncoming], None] = lambda incoming: None
         self.discarded: list[str] = []
         self.begun: list[StoreRequest] = []
         self.refused: list[Mapping[str, tuple[str, ...]]] = []
@@ -572,6 +573,7 @@ class LateReceiver(ScriptedReceiver):
         super().__init__()
         self.syntaxes: list[Later[Sequence[str] | None]] = []
         self.statuses: list[Later[int]] = []
+        self.incomings: list[ScriptedIncoming] = []
 
     def accepted_syntaxes(self, association: PeerAssociation) -> Any:
         super().accepted_syntaxes(association)
@@ -581,8 +583,64 @@ class LateReceiver(ScriptedReceiver):
     def begin(self, request: StoreRequest) -> Any:
         incoming: Any = super().begin(request)
         self.statuses.append(Later())
+        self.incomings.append(incoming)
         incoming.commit = lambda status=self.statuses[-1]: status
         return incoming
+
+
+async def test_the_answer_is_sent_before_the_bookkeeping(receiver: ScriptedReceiver) -> None:
+    async with serving(receiver) as scp, connected(scp) as peer:
+        await peer.associate()
+        ours = peer.writer.get_extra_info("socket")
+        seen = []
+
+        def look(incoming: ScriptedIncoming) -> None:
+            with socket.socket(fileno=os.dup(ours.fileno())) as end:  # the event loop stands still: nobody reads
+                seen.append((incoming.request.sop_instance_uid, end.recv(6, socket.MSG_PEEK | socket.MSG_DONTWAIT)))
+
+        receiver.on_conclude = look
+        for uid, content in (("1.1", b"small"), ("1.2", bytes(500_000))):
+            peer.send(store_rq(uid), data(content, max_length=131_072))
+            assert (await peer.read()).status == 0
+        await until(lambda: len(seen) == 2)
+    assert [uid for uid, _ in seen] == ["1.1", "1.2"]
+    assert all(answer[:1] == b"\x04" for _, answer in seen)
+
+
+async def test_bookkeeping_that_fails_is_told_and_ends_nothing(
+    receiver: ScriptedReceiver, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(_: ScriptedIncoming) -> None:
+        raise KeyError("a defect")
+
+    async with serving(receiver) as scp, connected(scp) as peer:
+        await peer.associate()
+        receiver.on_conclude = fail
+        peer.send(store_rq("1.1"), data(), echo_rq())
+        assert [(await peer.read()).command_field, (await peer.read()).command_field] == [0x8001, 0x8030]
+    assert receiver.discarded == ["'a defect'"]
+    assert "could not be kept" in caplog.text
+
+
+async def test_a_read_that_brings_nothing_while_an_answer_is_due() -> None:
+    """A transport may ask for a buffer and find that there is nothing to read: uvloop does so after a full one."""
+    receiver = LateReceiver()
+    async with serving(receiver) as scp, connected(scp) as peer:
+        peer.send(associate_rq().encode())
+        await until(lambda: receiver.syntaxes)
+        receiver.syntaxes[0].tell(None)
+        await peer.read()
+        peer.send(store_rq("1.1"), data(b"x"))
+        await until(lambda: receiver.statuses)
+        (connection,) = scp._connections
+        connection.get_buffer(-1)
+        receiver.statuses[0].tell(0)
+        assert (await peer.read()).status == 0
+        peer.send(store_rq("1.2"), data(bytes(range(250)) * 400, max_length=131_072))
+        await until(lambda: len(receiver.statuses) == 2)
+        receiver.statuses[1].tell(0)
+        assert (await peer.read()).status == 0
+        assert receiver.incomings[1].data == bytes(range(250)) * 400
 
 
 async def test_answers_that_come_later() -> None:

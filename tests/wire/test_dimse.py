@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from io import BytesIO
+from unittest import mock
 
 import pytest
 from hypothesis import given
@@ -149,6 +150,24 @@ def test_noise_is_never_more_than_a_protocol_error(noise: bytes) -> None:
             dimse.decode_command(data)
         except DicomProtocolError:
             continue
+
+
+@given(st.booleans(), st.lists(st.tuples(st.integers(0, 255), st.integers(0, 255)), max_size=3))
+def test_the_usual_spelling_reads_like_any_other(is_moved: bool, changes: list[tuple[int, int]]) -> None:
+    usual = STORE if is_moved else STORE._replace(move_originator_ae_title=None, move_originator_message_id=None)
+    data = bytearray(dimse.encode_c_store_request(usual))
+    for position, byte in changes:
+        data[position % len(data)] = byte
+
+    def read() -> dimse.Command | str:
+        try:
+            return dimse.decode_command(bytes(data))
+        except DicomProtocolError as error:
+            return str(error)
+
+    with mock.patch.object(dimse, "_decode_store", return_value=None):
+        element_by_element = read()
+    assert read() == element_by_element
 
 
 @given(st.integers(0, 255), st.integers(0, 255))

@@ -168,6 +168,61 @@ def test_any_cut_is_the_same(sizes: list[int]) -> None:
     assert joined(feed(Reading(), pieces(STREAM, sizes), keep)) == EVENTS
 
 
+class ReadingValues(Reading):
+    """A reader that is asked for what continues a data set first, as the receiver does."""
+
+    def receive(self, data: bytes) -> Iterable[pdu.Pdu | pdu.Fragment]:
+        view = memoryview(data)
+        value = self.reader.receive_value(view, frozenset({1, 3}))
+        return self.reader.receive(view) if value is None else [value]
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8))
+def test_any_cut_is_the_same_for_values(sizes: list[int]) -> None:
+    assert joined(feed(ReadingValues(), pieces(STREAM, sizes), keep)) == EVENTS
+
+
+@given(st.lists(st.integers(1, 120), min_size=1, max_size=30), st.integers(0, 3), st.integers(0, 14))
+def test_reads_that_end_with_the_next_header_are_the_same(lengths: list[int], control: int, beyond: int) -> None:
+    """Each read takes the value that has begun and `beyond` bytes more, as far as there are any."""
+    stream = b"".join(
+        header(0x04, value(1, control if number % 7 == 6 else 0, bytes([number]) * length))
+        for number, length in enumerate(lengths)
+    )
+    plain = [keep(each) for each in pdu.Reader().receive(memoryview(stream))]
+    reading, position = ReadingValues(), 0
+    events: list[Any] = []
+    while position < len(stream):
+        size = reading.reader.data_left + beyond or 12
+        events += [keep(each) for each in reading.receive(stream[position : position + size])]
+        position += size
+
+    def content(of: list[Any]) -> tuple[bytes, list[bool]]:
+        return b"".join(each.data for each in of), [each.is_command for each in of if each.is_last]
+
+    assert content(events) == content(plain)
+
+
+@pytest.mark.parametrize(
+    ("following", "contexts"),
+    [
+        (header(0x04, value(1, 1, b"command")), {1}),
+        (header(0x04, value(3, 0, b"other context")), {1, 3}),
+        (header(0x07, bytes(6)), {1}),
+        (header(0x04, value(1, 0, b"")), {1}),
+        (header(0x04, value(1, 0, b"one") + value(1, 0, b"two")), {1}),
+        (header(0x04, value(1, 0, b"data")), {3}),
+    ],
+)
+def test_what_is_not_more_of_a_data_set_is_left_to_the_reader(following: bytes, contexts: set[int]) -> None:
+    reader = pdu.Reader()
+    begun = header(0x04, value(1, 0, b"abcdef"))
+    list(reader.receive(memoryview(begun[:14])))
+    assert reader.receive_value(memoryview(begun[14:] + following[:12]), frozenset(contexts)) is None
+    (fragment, *_) = reader.receive(memoryview(begun[14:]))
+    assert keep(fragment) == pdu.Fragment(1, False, False, b"cdef")  # type: ignore[arg-type]
+
+
 def test_data_is_handed_on_before_its_pdu_is_whole_and_without_copy() -> None:
     data = bytearray(header(0x04, value(3, 2, bytes(1000)))[:500])
     (fragment,) = pdu.Reader().receive(memoryview(data))

@@ -142,6 +142,16 @@ class Receiving(Protocol):
         """Read on."""
 
 
+class Listening(Receiving, Protocol):
+    """Who waits for peers to connect, in this process or others."""
+
+    def expect(self, sop_instance_uids: Sequence[str]) -> None:
+        """Learn what was asked of a PACS: when it comes, it may be answered before the `Receiver` is asked."""
+
+    def expect_no_more(self, sop_instance_uids: Sequence[str]) -> None:
+        """Learn that it was sent, or will not be."""
+
+
 class Receiver(Protocol):
     """Who wants instances. All methods are called on the event loop and must not block it."""
 

@@ -33,6 +33,7 @@ LEASE = 64 * 1024 * 1024
 
 _START_TIMEOUT = 30.0  # s for a process to load and say that it is ready
 _STOP_TIMEOUT = 3.0  # s for a process to end after it has drained
+_UIDS_AT_ONCE = 10_000  # in a message, which has a limit
 _ACCEPT_AT_ONCE = 64  # connections taken before others get their turn
 _ACCEPT_AGAIN = 1.0  # s until connections are taken again when there are no descriptors left
 _LONG_LIFE = 60.0  # s after which the death of a process is not counted as one of a series
@@ -135,6 +136,22 @@ class Siblings:
         for sibling in self.alive:
             if association.id in sibling.associations:
                 sibling.tell("resume", association.id)
+
+    def expect(self, sop_instance_uids: Sequence[str]) -> None:
+        """Let the processes answer for these instances by themselves, and tell of them afterwards.
+
+        One that is replaced meanwhile asks first, like for any other.
+        """
+        self._tell_all("expect", sop_instance_uids)
+
+    def expect_no_more(self, sop_instance_uids: Sequence[str]) -> None:
+        """Have them ask first again."""
+        self._tell_all("expect-no-more", sop_instance_uids)
+
+    def _tell_all(self, word: str, sop_instance_uids: Sequence[str]) -> None:
+        for start in range(0, len(sop_instance_uids), _UIDS_AT_ONCE):
+            for sibling in self.alive:
+                sibling.tell(word, sop_instance_uids[start : start + _UIDS_AT_ONCE])
 
     async def close(self, drain: float) -> None:
         """Stop listening, let associations end for at most `drain` seconds, abort the rest, end the processes."""
@@ -276,7 +293,7 @@ class _MainEnd(Lines):
     """
 
     # Mutable state: connections that it has, its associations, stores and lease (bytes lent and not in adopted files),
-    # the last store it offered, and whether it is ready and gone.
+    # and whether it is ready and gone.
 
     def __init__(
         self, siblings: Siblings, process: asyncio.subprocess.Process, sockets: socket.socket, name: str, room: int
@@ -289,7 +306,6 @@ class _MainEnd(Lines):
         self.associations: dict[int, PeerAssociation] = {}
         self._stores: dict[int, tuple[Arriving, StoreRequest]] = {}
         self._lease = 0
-        self._last_store = 0
         self.is_ready = False
         self.ready, self.gone = asyncio.Event(), asyncio.Event()
 
@@ -310,10 +326,16 @@ class _MainEnd(Lines):
         self.gone.set()
 
     def _remove_files(self) -> None:
-        """Remove what was not adopted; of its last file the offer may not have come."""
-        for store in (*self._stores, self._last_store + 1):
-            with contextlib.suppress(OSError):
-                os.unlink(self._spool.folder / self._file_name(store))
+        """Remove what was not adopted; of the last files we may not know."""
+        try:
+            names = [each.name for each in os.scandir(self._spool.folder) if each.name.startswith(self.name + "-")]
+        except OSError:
+            logger.exception("the files of a receiver process could not be removed")
+            return
+        for name in names:
+            if not self._spool.has_file(name):
+                with contextlib.suppress(OSError):
+                    os.unlink(self._spool.folder / name)
 
     def _guarded(self, call: Any, *values: Any) -> None:
         try:
@@ -366,13 +388,8 @@ class _MainEnd(Lines):
 
     def on_offer(self, store: int, association: int, *fields: Any) -> None:
         """An instance begins; silence means that it is wanted."""
-        self._last_store = store
         request = StoreRequest(self.associations[association], *fields)
-        try:
-            answer = self._receiver.offer(request)
-        except Exception:
-            logger.exception("instance from %s refused with 0110H", request.association.calling_ae_title)
-            answer = STATUS_PROCESSING_FAILURE
+        answer = self._offer(request)
         if isinstance(answer, int):
             self.tell("refuse", store, answer)
         elif isinstance(answer, Dropped):
@@ -387,9 +404,34 @@ class _MainEnd(Lines):
 
     def on_whole(self, store: int, size: int, checksum: str) -> None:
         """An instance is complete: own it and say so. One that was refused is not ours to answer for."""
-        if store not in self._stores:
-            return
-        arriving, request = self._stores.pop(store)
+        if store in self._stores:
+            arriving, request = self._stores.pop(store)
+            status = self._adopt(store, arriving, request, size, checksum)
+            if status is None:
+                self.tell("refuse", store, STATUS_PROCESSING_FAILURE)
+            else:
+                self.tell("status", store, status)
+
+    def on_stored(self, *stored: Any) -> None:
+        """Expected instances have come and were answered with Success: own them, as far as they are still wanted."""
+        for store, association, size, checksum, *fields in stored:
+            request = StoreRequest(self.associations[association], *fields)
+            arriving = self._offer(request)
+            if isinstance(arriving, int | Dropped) or self._adopt(store, arriving, request, size, checksum) is None:
+                with contextlib.suppress(OSError):
+                    os.unlink(self._spool.folder / self._file_name(store))
+                self._spool.unreserve(size)
+                self._lease -= size
+
+    def _offer(self, request: StoreRequest) -> Arriving | Dropped | int:
+        try:
+            return self._receiver.offer(request)
+        except Exception:
+            logger.exception("instance from %s refused with 0110H", request.association.calling_ae_title)
+            return STATUS_PROCESSING_FAILURE
+
+    def _adopt(self, store: int, arriving: Arriving, request: StoreRequest, size: int, checksum: str) -> int | None:
+        """Own a whole instance and return its status; None when the spool could not take it over."""
         try:
             instance = self._spool.adopt(
                 self._file_name(store),
@@ -403,15 +445,13 @@ class _MainEnd(Lines):
         except Exception as exc:
             logger.exception("instance from %s refused with 0110H", request.association.calling_ae_title)
             arriving.discard(str(exc))
-            self.tell("refuse", store, STATUS_PROCESSING_FAILURE)
-            return
+            return None
         self._lease -= size
         try:
-            status = arriving.adopt(instance)
+            return arriving.adopt(instance)
         except Exception:
             logger.exception("instance from %s refused with 0110H", request.association.calling_ae_title)
-            status = STATUS_PROCESSING_FAILURE
-        self.tell("status", store, status)
+            return STATUS_PROCESSING_FAILURE
 
     def on_broken(self, store: int, reason: str, no_room: bool) -> None:
         """An instance will not come."""

@@ -1,8 +1,13 @@
 """A sibling process of the node: receives instances beside the main process, which alone decides what is wanted.
 
 It has the connections that the main process hands to it, and writes what comes to the spool's folder itself. Messages
-go both ways on a Unix stream socket, one JSON array a line: a word, then what belongs to it. An instance is written on
-its offer; that nobody wants it is told a moment later, and then it is dropped. Bytes of the spool's quota are lent.
+go both ways on a Unix stream socket, one JSON array a line: a word, then what belongs to it. Bytes of the spool's quota
+are lent.
+
+An instance that a running move is to bring is expected: it is answered as soon as it is whole, and told of afterwards,
+together with others. Should nobody want it any more by then, it is dropped. Of one that takes long the main process
+hears earlier, like of one that is not expected: that is written on its offer, and dropped when the answer is no; its
+sender waits until the main process owns it.
 
 ::
 
@@ -14,6 +19,9 @@ its offer; that nobody wants it is told a moment later, and then it is dropped. 
       move originator, its message id
     progress store, bytes
     whole store, file size, XXH3-128             status store, status
+    stored [store, id, file size, XXH3-128,      expect [uid, ...] / expect-no-more [uid, ...]
+      class, instance, syntax, move originator,
+      its message id], ...
     broken store, reason, no room
     create number, id, class, instance, syntax,  created number, status
       data set in base64
@@ -46,7 +54,7 @@ from xca_imaging.imaging.receiver import Incoming, Later, PeerAssociation, Store
 from xca_imaging.imaging.spool_writing import raise_mapped, write_pieces
 from xca_imaging.imaging.store_connection import StoreConnection
 from xca_imaging.imaging.store_scp import StoreScp
-from xca_imaging.wire.dimse import STATUS_OUT_OF_RESOURCES
+from xca_imaging.wire.dimse import STATUS_OUT_OF_RESOURCES, STATUS_SUCCESS
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +69,7 @@ MAX_MESSAGE = 4 * 1024 * 1024
 """Bytes of a message: a notification of 1 MB in base64, with room."""
 
 _PROGRESS_EVERY = 0.25  # s between two words of one instance's progress
+_TELL_AFTER = 0.002  # s that an instance may wait for others to be told of together; a message costs as much as a write
 
 
 class Lines(asyncio.Protocol):
@@ -120,8 +129,9 @@ class Sibling(Lines):
 
     # Mutable state: the SCP and the spool's folder once configured, associations by id, what waits for an answer by
     # number of store or creation (_waiting), instances on their way in (_files), whole ones whose bytes are not lent
-    # yet (_overdrawn) and sizes of those whose status is not told yet (_whole), the last number given, the lease
-    # (_left, _is_asked, _is_refused), and running tasks.
+    # yet (_overdrawn) and sizes of those whose status is not told yet (_whole), what is expected (_expected), what came
+    # of it and was not told yet (_stored), the last number given, the lease (_left, _is_asked, _is_refused), and
+    # running tasks.
 
     def __init__(self, sockets: socket.socket, *, ssl: ssl_module.SSLContext | None) -> None:
         super().__init__()
@@ -136,6 +146,8 @@ class Sibling(Lines):
         self._overdrawn: dict[int, _File] = {}
         self._whole: dict[int, int] = {}
         self._waiting: dict[int, Later[int]] = {}
+        self._expected: set[str] = set()
+        self._stored: list[tuple[object, ...]] = []
         self._last_number = 0
         self._left = 0
         self._is_asked = self._is_refused = False
@@ -143,6 +155,12 @@ class Sibling(Lines):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.over.set()
+
+    def tell(self, *message: object) -> None:
+        """Send a message, after what was to be told before."""
+        if self._stored:
+            self._tell_stored()
+        super().tell(*message)
 
     # --- from the main process ------------------------------------------------------------------------------------
 
@@ -161,6 +179,14 @@ class Sibling(Lines):
         """Learn what an association may be sent in."""
         if known := self._associations.get(association):
             known[1].tell(wanted)
+
+    def on_expect(self, sop_instance_uids: list[str]) -> None:
+        """Learn what a move is to bring."""
+        self._expected.update(sop_instance_uids)
+
+    def on_expect_no_more(self, sop_instance_uids: list[str]) -> None:
+        """Learn that it has ended."""
+        self._expected.difference_update(sop_instance_uids)
 
     def on_pause(self, association: int) -> None:
         """Stop reading from a peer."""
@@ -243,12 +269,15 @@ class Sibling(Lines):
     def charge(self, length: int) -> None:
         """Use bytes of the lease. Raises SpoolFull when the main process has no more to lend."""
         left = self._left - length
-        if left < LEASE_LOW and not self._is_asked:
-            self._is_asked = True
-            self.tell("need", left)
+        self._ask_for_more(left)
         if left < 0 and (self._is_refused or left < -OVERDRAFT):
             raise SpoolFull("the spool has no room")
         self._left = left
+
+    def _ask_for_more(self, left: int) -> None:
+        if left < LEASE_LOW and not self._is_asked:
+            self._is_asked = True
+            self.tell("need", left)
 
     def give_back(self, length: int) -> None:
         """Have bytes again that were used."""
@@ -273,6 +302,23 @@ class Sibling(Lines):
         """Remove a file."""
         os.unlink(self.file_name(store), dir_fd=self._folder_fd)
         self.give_back(size)
+
+    @property
+    def can_keep(self) -> bool:
+        """True when all that was written is covered by the lease."""
+        return self._left >= 0
+
+    def keep(self, store: int, file: _File) -> None:
+        """Tell the main process of an expected instance that was answered, a moment later."""
+        if not self._stored:
+            self._loop.call_later(_TELL_AFTER, self._tell_stored)
+        request = file.request
+        self._stored.append((store, request.association.id, file.size, file.checksum, *request[1:]))
+
+    def _tell_stored(self) -> None:
+        stored, self._stored = self._stored, []
+        if stored:
+            super().tell("stored", *stored)
 
     def hand_over(self, store: int, file: _File) -> Later[int]:
         """Offer a whole file to the main process, once its bytes are lent, and return the status that it will tell."""
@@ -314,24 +360,35 @@ class Sibling(Lines):
     # --- Receiver -------------------------------------------------------------------------------------------------
 
     def accepted_syntaxes(self, association: PeerAssociation) -> Later[Sequence[str] | None]:
-        """Ask the main process."""
+        """Ask the main process, and for bytes to write before they are needed."""
+        self._ask_for_more(self._left)
         answer = Later[Sequence[str] | None]()
         self._associations[association.id] = association, answer
         self.tell("associated", *astuple(association))
         return answer
 
     def begin(self, request: StoreRequest) -> Incoming | int:
-        """Begin to write, and offer."""
+        """Begin to write, and offer what is not expected."""
         self._last_number += 1
         store = self._last_number
         self._is_refused = False
-        self.tell("offer", store, request.association.id, *request[1:])
+        is_expected = request.sop_instance_uid in self._expected
+        if is_expected:  # once: whether it is wanted again is not ours to say
+            self._expected.discard(request.sop_instance_uid)
+        else:
+            self.offer_file(store, request)
         try:
-            file = self._files[store] = _File(self, store, request)
+            file = self._files[store] = _File(self, store, request, is_offered=not is_expected)
         except (SpoolFull, OSError) as exc:
+            if is_expected:
+                self.offer_file(store, request)
             self.tell("broken", store, str(exc), True)
             raise
         return file
+
+    def offer_file(self, store: int, request: StoreRequest) -> None:
+        """Ask whether it is wanted; silence means that it is."""
+        self.tell("offer", store, request.association.id, *request[1:])
 
     def offer(self, request: StoreRequest) -> int:
         """Never asked here: who writes elsewhere has a main process of its own."""
@@ -378,23 +435,28 @@ class _File:
     """An instance that is written to the spool's folder."""
 
     # Mutable state: the open file (_fd), what is still to be written before the data (_head), its checksum and size,
-    # the status once it is refused (_refused: the file is gone then), whether it is over (_is_done), bytes of which
-    # nothing was told yet (_untold) and since when (_told_at).
+    # the status once it is refused (_refused: the file is gone then), whether the main process knows of it
+    # (_is_offered) or will when it was answered (_is_kept), whether it is over (_is_done), bytes of which nothing was
+    # told yet (_untold) and since when (_told_at).
     __slots__ = (
         "_checksum",
         "_fd",
         "_head",
         "_is_done",
+        "_is_kept",
+        "_is_offered",
         "_refused",
         "_sibling",
         "_store",
         "_told_at",
         "_untold",
+        "request",
         "size",
     )
 
-    def __init__(self, sibling: Sibling, store: int, request: StoreRequest) -> None:
-        self._sibling, self._store = sibling, store
+    def __init__(self, sibling: Sibling, store: int, request: StoreRequest, *, is_offered: bool) -> None:
+        self._sibling, self._store, self.request = sibling, store, request
+        self._is_offered, self._is_kept = is_offered, False
         self._head = encode_file_meta(
             sop_class_uid=request.sop_class_uid,
             sop_instance_uid=request.sop_instance_uid,
@@ -419,12 +481,13 @@ class _File:
         """Append to the file, unless it is refused."""
         if self._is_done:
             return
-        length = sum(map(len, data))
+        length = len(data[0]) if len(data) == 1 else sum(map(len, data))
         try:
             self._sibling.charge(length)
             self.size += length
+            update = self._checksum.update
             for piece in data:
-                self._checksum.update(piece)
+                update(piece)
             self._append(*data)
         except (SpoolFull, OSError) as exc:
             self.discard(str(exc), no_room=True)
@@ -432,13 +495,14 @@ class _File:
         self._untold += length
         now = self._sibling._loop.time()
         if now - self._told_at >= _PROGRESS_EVERY:
+            self._offer()
             self._sibling.tell("progress", self._store, self._untold)
             self._untold, self._told_at = 0, now
 
     def _append(self, *data: memoryview) -> None:
         try:
             if self._head:
-                write_pieces(self._fd, memoryview(self._head), *data)
+                write_pieces(self._fd, self._head, *data)
                 self._head = b""
             else:
                 write_pieces(self._fd, *data)
@@ -459,6 +523,11 @@ class _File:
             self._append()
         os.close(self._fd)
         self._is_done = True
+        if not self._is_offered and self._sibling.can_keep:
+            self._is_kept = True
+            self._sibling.forget(self._store)
+            return STATUS_SUCCESS
+        self._offer()
         try:
             return self._sibling.hand_over(self._store, self)
         except SpoolFull as exc:
@@ -468,7 +537,14 @@ class _File:
             raise
 
     def conclude(self) -> None:
-        """The main process has all of it."""
+        """Tell the main process of it, unless it knows."""
+        if self._is_kept:
+            self._sibling.keep(self._store, self)
+
+    def _offer(self) -> None:
+        if not self._is_offered:
+            self._is_offered = True
+            self._sibling.offer_file(self._store, self.request)
 
     def discard(self, reason: str, no_room: bool = False) -> None:
         """Leave nothing of it behind, and tell."""
@@ -478,6 +554,7 @@ class _File:
         elif not self._is_done:
             self._remove()
             self._sibling.forget(self._store)
+            self._offer()
             self._sibling.tell("broken", self._store, reason, no_room)
 
     def refuse(self, status: int) -> None:

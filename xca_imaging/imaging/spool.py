@@ -191,6 +191,10 @@ class Spool:
         """
         return f"{self._run:x}.{next(self._count):x}-{prefix}"
 
+    def has_file(self, name: str) -> bool:
+        """Tell whether a file is one that this spool made or adopted."""
+        return name in self._files
+
     def adopt(
         self,
         name: str,

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl as ssl_module
+from collections.abc import Sequence
 
 from xca_imaging.imaging.receiver import PeerAssociation, Receiver
 from xca_imaging.imaging.store_connection import Limits, StoreConnection
@@ -153,6 +154,12 @@ class StoreScp:
         """Read on."""
         if connection := self._established.get(association.id):
             connection.set_paused(by_consumer=False)
+
+    def expect(self, sop_instance_uids: Sequence[str]) -> None:
+        """Nothing to learn: the receiver is asked at once."""
+
+    def expect_no_more(self, sop_instance_uids: Sequence[str]) -> None:
+        """Nothing to forget."""
 
     async def close(self, drain: float) -> None:
         """Stop listening, let associations end for at most `drain` seconds, abort the rest."""

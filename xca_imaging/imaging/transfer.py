@@ -39,7 +39,7 @@ from xca_imaging.imaging.ledger import Want
 from xca_imaging.imaging.moves import Moves
 from xca_imaging.imaging.part10 import Part10Error, identify
 from xca_imaging.imaging.plan import FetchPlan, SeriesFetch, build
-from xca_imaging.imaging.receiver import Dropped, Incoming, PeerAssociation, Receiving, StoreRequest
+from xca_imaging.imaging.receiver import Dropped, Incoming, Listening, PeerAssociation, Receiving, StoreRequest
 from xca_imaging.imaging.scheduler import Scheduler
 from xca_imaging.imaging.spool import Spool, SpooledInstance
 from xca_imaging.imaging.stock import Stock
@@ -95,7 +95,7 @@ class Transfers:
     ----------
     listener : tuple of str and int
         Host and port of our Storage SCP, set before `start`; for texts that say what to configure on a PACS.
-    receiving : Receiving, optional
+    receiving : Listening, optional
         Our Storage SCP, set before `start`: where associations are paused.
     on_availability : callable, optional
         Takes an Instance Availability Notification: name of the PACS that sent it (None: cannot be told), data set and
@@ -126,7 +126,7 @@ class Transfers:
         seed: int | None = None,
     ) -> None:
         self.listener: tuple[str, int] = ("127.0.0.1", 11112)
-        self.receiving: Receiving | None = None
+        self.receiving: Listening | None = None
         self.on_availability: Callable[[str | None, bytes, str], int] | None = None
         self._settings = {each.name: each for each in pacs}
         self._routes = {each.retrieve_location_uid: each.name for each in pacs}
@@ -159,6 +159,7 @@ class Transfers:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._answer: d.AcceptStore | d.DropStore | d.RefuseStore | None = None
         self._begun: list[tuple[Transfer, Want]] = []
+        self._expected: dict[int, tuple[str, ...]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._closing = False
 
@@ -474,6 +475,9 @@ class Transfers:
                 self._answer = decision
             case d.StartMove():
                 self.backpressure.start_move(decision.move, decision.instances)
+                if self.receiving is not None and decision.method == "c-move":
+                    self._expected[decision.move] = decision.instances
+                    self.receiving.expect(decision.instances)
                 self._moves.start(decision)
             case d.CancelMove(move, reason):
                 _log.info("move %d is cancelled: %s", move, reason)
@@ -491,6 +495,8 @@ class Transfers:
     def _take_word_of_move(self, event: d.MoveResponded | d.MoveFinished) -> None:
         if isinstance(event, d.MoveFinished):
             self.backpressure.finish_move(event.move)
+            if self.receiving is not None and (expected := self._expected.pop(event.move, None)):
+                self.receiving.expect_no_more(expected)
         self._step(event)
 
     def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
