@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import os
+import shutil
 import socket
 import ssl
 import struct
