@@ -340,7 +340,11 @@ def warm_memory(directory: Path, size: int) -> None:
 
 def processor_seconds(process: psutil.Process) -> float:
     """Return what the receiver has used, its children that have ended included."""
-    times = [process.cpu_times(), *(child.cpu_times() for child in process.children(recursive=True))]
+    times = []
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended: the one below has its time
+            times.append(child.cpu_times())
+    times.append(process.cpu_times())
     return sum(each.user + each.system + each.children_user + each.children_system for each in times)
 
 
