@@ -89,7 +89,8 @@ class StoreConnection(asyncio.BufferedProtocol):
     # maximum length (_peer_max), timers (_active_at: last sign of life, _artim_at and _artim_state: since when and in
     # which state ARTIM runs, _timer), why reading is paused (_paused_by_consumer, _paused_by_output,
     # _paused_by_answer), whether we have sent something since the last read (_has_sent), what was read and must wait
-    # for an answer (_unread), where it was read to (_spare), and the first reason to end (_reason).
+    # for an answer (_unread), where it was read to (_spare), how much was asked for last (_asked), and the first reason
+    # to end (_reason).
 
     _transport: asyncio.Transport
 
@@ -102,6 +103,7 @@ class StoreConnection(asyncio.BufferedProtocol):
         self._messages = dimse.MessageReader(max_command_length=limits.max_command_length)
         self._buffer = memoryview(bytearray(limits.receive_buffer))
         self._spare: memoryview | None = None
+        self._asked = 0
         self._socket: socket.socket | None = None
         self._is_plain = False
         self._address = ("", 0)
@@ -136,7 +138,9 @@ class StoreConnection(asyncio.BufferedProtocol):
             self._spare = memoryview(bytearray(_SPARE))
             return self._spare
         self._spare = None  # of a read that brought nothing
-        return self._window()
+        window = self._window()
+        self._asked = len(window)
+        return window
 
     def _window(self) -> memoryview:
         left = self._layer.data_left
@@ -150,7 +154,9 @@ class StoreConnection(asyncio.BufferedProtocol):
             self._unread = items if self._unread is None else itertools.chain(self._unread, items)
             self._set_reading(by_answer=True)
             return
-        if self._take(self._buffer[:nbytes]):
+        is_new, is_full = self._messages.is_idle, nbytes == self._asked
+        # A read that brought less than it might have has taken all; of a new object the rest is mostly there by now.
+        if self._take(self._buffer[:nbytes]) and (is_full or is_new):
             self._read_on()
         self._settle()
 
@@ -262,6 +268,8 @@ class StoreConnection(asyncio.BufferedProtocol):
             if value is not None and not value.is_last and value.context_id == messages.data_set_context:
                 inbound.take(False, value.data)
             elif not self._process(layer.receive(data) if value is None else iter((value,))):
+                return
+            if length < len(window):
                 return
 
     def _go_on(self) -> None:
