@@ -328,7 +328,7 @@ def warm_memory(directory: Path, size: int) -> None:
     """Touch as much memory as the round needs, and free it again.
 
     The host of a virtual machine takes back what the guest leaves free for some seconds; the first one to write to such
-    a page pays three times a write for it, and who that is was chance.
+    a page pays four times a write for it, and who that is was chance.
     """
     path = directory / "warm"
     with path.open("wb", buffering=0) as file:

@@ -22,8 +22,8 @@ from xca_imaging.wire import dimse, pdu
 from xca_imaging.wire.upper_layer import check_request
 
 RECEIVE_BUFFER = pdu.MAX_PDU_LENGTH + 32
-"""Bytes read at a time, per association: one PDU of the length that we offer, and the header of the next. More brings
-no time and takes the processor's cache."""
+"""Bytes read at a time, per association: one PDU of the length that we offer, and the header of the next. More
+was not faster (docs/performance.md)."""
 
 SOCKET_BUFFER = 1024 * 1024
 """SO_RCVBUF: a sender is not stopped while one write to the disk takes its time; times the number of associations,
