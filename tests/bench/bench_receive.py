@@ -179,7 +179,7 @@ class _Kept:
 
     def conclude(self) -> None:
         self._writer.commit().hold()
-        self._writer.spool.prepare()
+        self._writer.spool.prepare(self._writer.size)
 
     def discard(self, reason: str) -> None:
         self._writer.discard()

@@ -37,6 +37,7 @@ from tests.imaging.test_store_scp import (
     store_rq,
     until,
 )
+from xca_imaging.imaging.next_file import make_room
 from xca_imaging.imaging.receiver import Arriving, Dropped, StoreRequest
 from xca_imaging.imaging.receivers import Siblings
 from xca_imaging.imaging.spool import Spool, SpooledInstance
@@ -108,7 +109,8 @@ def spool(tmp_path: Path) -> AsyncIterator[Spool]:
 
 
 def files(spool: Spool) -> list[str]:
-    return sorted(each.name for each in spool.folder.iterdir())
+    """Return names, without the file that is made ahead."""
+    return sorted(each.name for each in spool.folder.iterdir() if each.stat().st_size)
 
 
 async def test_instances_arrive_as_sent_and_are_owned(receiver: OfferReceiver, spool: Spool) -> None:
@@ -175,6 +177,30 @@ async def test_what_is_not_wanted_leaves_nothing(receiver: OfferReceiver, spool:
         assert len(files(spool)) == 1
     assert (list(receiver.adopted), receiver.broken) == (["1.4"], [])
     assert spool.used_bytes == receiver.adopted["1.4"].size
+
+
+async def test_a_series_is_written_to_files_made_ahead(receiver: OfferReceiver, spool: Spool, tmp_path: Path) -> None:
+    size = 300_000
+    with (tmp_path / "probe").open("wb") as probe:
+        if not make_room(probe.fileno(), 1):
+            pytest.skip("a file system without fallocate(2)")
+    async with receiving(receiver, spool) as siblings:
+        async with connected(siblings) as peer:
+            await peer.associate()
+            for number in range(4):
+                peer.send(store_rq(f"1.{number}"), data(bytes(size - number), max_length=100_000))
+                assert (await peer.read()).status == 0
+            names = {each.path.name for each in receiver.adopted.values()}
+            await until(lambda: len(list(spool.folder.iterdir())) == 5)
+            (ahead,) = [each for each in spool.folder.iterdir() if each.name not in names]
+            await until(lambda: ahead.stat().st_blocks * 512 >= size)
+            assert ahead.stat().st_size == 0
+            peer.send(store_rq("1.4"), data(b"short"))
+            assert (await peer.read()).status == 0
+            assert receiver.adopted["1.4"].path == ahead
+            assert ahead.stat().st_blocks * 512 <= 8192
+        await until(lambda: len(list(spool.folder.iterdir())) == 5)
+    assert spool.used_bytes == sum(each.size for each in receiver.adopted.values())
 
 
 async def test_what_is_expected_is_answered_first_and_told_together(receiver: OfferReceiver, spool: Spool) -> None:

@@ -20,6 +20,7 @@ from pydicom import dcmread
 
 from xca_imaging import uids
 from xca_imaging.errors import ArrivalBroken, LocalProtocolError, SpoolFull, SpoolInUse
+from xca_imaging.imaging import next_file
 from xca_imaging.imaging import spool as spool_module
 from xca_imaging.imaging.file_meta import encode_file_meta
 from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
@@ -513,6 +514,63 @@ async def test_a_killed_run_leaves_what_was_whole_and_nothing_else(tmp_path: Pat
     assert spool.find("1.2.2") is not None
     assert spool.find("1.2.3") is spool.find("1.2.4") is None
     assert (tmp_path / "kept.txt").exists()
+    spool.close()
+
+
+def blocks(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+async def test_a_file_made_ahead_has_room_only_for_more_of_the_same(tmp_path: Path) -> None:
+    with (tmp_path / "probe").open("wb") as probe:
+        if not next_file.make_room(probe.fileno(), 1):
+            pytest.skip("a file system without fallocate(2)")
+    spool = make_spool(tmp_path)
+
+    def ahead() -> Path:
+        (path,) = [path for path in spool.folder.iterdir() if not path.stat().st_size]
+        return path
+
+    spool.prepare(store(spool, "1.2.1", 200_000).size)
+    assert blocks(ahead()) == 0  # the first of its size
+    spool.prepare(store(spool, "1.2.2", 200_010).size)
+    assert 200_010 <= blocks(ahead()) < 210_000
+    assert spool.used_bytes == 400_010
+    longer = ahead()
+    assert store(spool, "1.2.3", 300_000).path == longer
+    assert 300_000 <= blocks(longer) < 310_000
+    spool.prepare(300_000)
+    spool.prepare(300_000)  # there is one
+    assert blocks(ahead()) == 0
+    store(spool, "1.2.4", 300_000)
+    spool.prepare(300_000)
+    shorter = ahead()
+    assert store(spool, "1.2.5", 100_000).path == shorter
+    assert 100_000 <= blocks(shorter) < 110_000
+    spool.prepare(100_000)
+    spool.close()
+    assert files(spool) == []
+
+
+async def test_a_file_system_without_room_ahead_is_asked_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spool = make_spool(tmp_path)
+    asked: list[int] = []
+
+    def fallocate(fd: int, mode: int, offset: int, length: int) -> int:
+        asked.append(length)
+        return -1  # EOPNOTSUPP, ENOSPC
+
+    monkeypatch.setattr(next_file, "_fallocate", fallocate)
+    for number in range(3):
+        spool.prepare(store(spool, f"1.2.{number}", 100_000 + number).size)
+        assert sum(map(blocks, spool.folder.iterdir())) == blocks(spool.find(f"1.2.{number}").path) * (number + 1)  # type: ignore[union-attr]
+    assert asked == [100_001, 100_002]
+    spool.prepare(10_000_000)
+    store(spool, "1.2.8", 100_000)
+    spool.prepare(10_000_000)
+    assert asked[2:] == [next_file.MOST_ROOM]
     spool.close()
 
 

@@ -140,7 +140,7 @@ class SpoolingArrival(Arrival):
         assert self.writer is not None
         if not self._is_over:
             self.adopt(self.writer.commit())
-            self.writer.spool.prepare()
+            self.writer.spool.prepare(self.writer.size)
 
     def discard(self, reason: str, no_room: bool = False) -> None:
         """Leave nothing of it behind."""

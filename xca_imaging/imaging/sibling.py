@@ -50,6 +50,7 @@ from xxhash import xxh3_128
 
 from xca_imaging.errors import SpoolFull
 from xca_imaging.imaging.file_meta import encode_file_meta
+from xca_imaging.imaging.next_file import NextFile, give_back_room
 from xca_imaging.imaging.receiver import Incoming, Later, PeerAssociation, StoreRequest
 from xca_imaging.imaging.spool_writing import raise_mapped, write_pieces
 from xca_imaging.imaging.store_connection import StoreConnection
@@ -130,8 +131,8 @@ class Sibling(Lines):
     # Mutable state: the SCP and the spool's folder once configured, associations by id, what waits for an answer by
     # number of store or creation (_waiting), instances on their way in (_files), whole ones whose bytes are not lent
     # yet (_overdrawn) and sizes of those whose status is not told yet (_whole), what is expected (_expected), what came
-    # of it and was not told yet (_stored), the last number given, the lease (_left, _is_asked, _is_refused), and
-    # running tasks.
+    # of it and was not told yet (_stored), the last number given, the file made ahead (_next), the lease (_left,
+    # _is_asked, _is_refused), and running tasks.
 
     def __init__(self, sockets: socket.socket, *, ssl: ssl_module.SSLContext | None) -> None:
         super().__init__()
@@ -142,6 +143,7 @@ class Sibling(Lines):
         self._folder_fd = -1
         self._name = ""
         self._associations: dict[int, tuple[PeerAssociation, Later[Sequence[str] | None]]] = {}
+        self._next = NextFile(self._make_file, lambda store: self.remove(store, 0))
         self._files: dict[int, _File] = {}
         self._overdrawn: dict[int, _File] = {}
         self._whole: dict[int, int] = {}
@@ -285,14 +287,25 @@ class Sibling(Lines):
 
     # --- what files and connections tell --------------------------------------------------------------------------
 
-    @property
-    def folder_fd(self) -> int:
-        """The spool's folder."""
-        return self._folder_fd
+    def _new_number(self) -> int:
+        self._last_number += 1
+        return self._last_number
 
-    def file_name(self, store: int) -> str:
+    def _file_name(self, store: int) -> str:
         """Return the name of a store's file; the main process knows the rule too."""
         return f"{self._name}-{store:x}"
+
+    def _make_file(self) -> tuple[int, int]:
+        store = self._new_number()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            return store, os.open(self._file_name(store), flags, 0o600, dir_fd=self._folder_fd)
+        except OSError as exc:
+            raise_mapped(exc)
+
+    def prepare(self, size: int) -> None:
+        """Make the next file ahead, after an instance of `size` bytes."""
+        self._next.prepare(size)
 
     def forget(self, store: int) -> None:
         """Learn that a file is gone."""
@@ -300,7 +313,7 @@ class Sibling(Lines):
 
     def remove(self, store: int, size: int) -> None:
         """Remove a file."""
-        os.unlink(self.file_name(store), dir_fd=self._folder_fd)
+        os.unlink(self._file_name(store), dir_fd=self._folder_fd)
         self.give_back(size)
 
     @property
@@ -353,6 +366,8 @@ class Sibling(Lines):
     def left(self) -> None:
         """Learn that a connection is over."""
         self.tell("left")
+        if not self._associations:
+            self._next.drop()
         if not self._associations and not self._files and not self._waiting and self._left and not self._is_asked:
             self.tell("return", self._left)
             self._left = 0
@@ -369,21 +384,20 @@ class Sibling(Lines):
 
     def begin(self, request: StoreRequest) -> Incoming | int:
         """Begin to write, and offer what is not expected."""
-        self._last_number += 1
-        store = self._last_number
         self._is_refused = False
         is_expected = request.sop_instance_uid in self._expected
-        if is_expected:  # once: whether it is wanted again is not ours to say
-            self._expected.discard(request.sop_instance_uid)
-        else:
-            self.offer_file(store, request)
+        self._expected.discard(request.sop_instance_uid)  # once: whether it is wanted again is not ours to say
+        store = 0
         try:
-            file = self._files[store] = _File(self, store, request, is_offered=not is_expected)
+            store, fd, room = self._next.take()
+            file = self._files[store] = _File(self, store, fd, room, request, is_offered=not is_expected)
         except (SpoolFull, OSError) as exc:
-            if is_expected:
-                self.offer_file(store, request)
+            store = store or self._new_number()
+            self.offer_file(store, request)
             self.tell("broken", store, str(exc), True)
             raise
+        if not is_expected:
+            self.offer_file(store, request)
         return file
 
     def offer_file(self, store: int, request: StoreRequest) -> None:
@@ -403,11 +417,11 @@ class Sibling(Lines):
         transfer_syntax_uid: str,
     ) -> Later[int]:
         """Hand a notification to the main process."""
-        self._last_number += 1
+        number = self._new_number()
         data = base64.b64encode(dataset).decode()
         names = (association.id, sop_class_uid, sop_instance_uid, transfer_syntax_uid)
-        self.tell("create", self._last_number, *names, data)
-        return self._wait_for(self._last_number)
+        self.tell("create", number, *names, data)
+        return self._wait_for(number)
 
     def syntaxes_refused(self, association: PeerAssociation, refused: Mapping[str, tuple[str, ...]]) -> None:
         """Tell the main process."""
@@ -434,10 +448,10 @@ class _CountingScp(StoreScp):
 class _File:
     """An instance that is written to the spool's folder."""
 
-    # Mutable state: the open file (_fd), what is still to be written before the data (_head), its checksum and size,
-    # the status once it is refused (_refused: the file is gone then), whether the main process knows of it
-    # (_is_offered) or will when it was answered (_is_kept), whether it is over (_is_done), bytes of which nothing was
-    # told yet (_untold) and since when (_told_at).
+    # Mutable state: what is still to be written before the data (_head), its checksum and size, the status once it is
+    # refused (_refused: the file is gone then), whether the main process knows of it (_is_offered) or will when it was
+    # answered (_is_kept), whether it is over (_is_done), bytes of which nothing was told yet (_untold) and since when
+    # (_told_at).
     __slots__ = (
         "_checksum",
         "_fd",
@@ -446,6 +460,7 @@ class _File:
         "_is_kept",
         "_is_offered",
         "_refused",
+        "_room",
         "_sibling",
         "_store",
         "_told_at",
@@ -454,8 +469,10 @@ class _File:
         "size",
     )
 
-    def __init__(self, sibling: Sibling, store: int, request: StoreRequest, *, is_offered: bool) -> None:
-        self._sibling, self._store, self.request = sibling, store, request
+    def __init__(
+        self, sibling: Sibling, store: int, fd: int, room: int, request: StoreRequest, *, is_offered: bool
+    ) -> None:
+        self._sibling, self._store, self._fd, self._room, self.request = sibling, store, fd, room, request
         self._is_offered, self._is_kept = is_offered, False
         self._head = encode_file_meta(
             sop_class_uid=request.sop_class_uid,
@@ -469,13 +486,12 @@ class _File:
         self._untold = 0
         self._told_at = sibling._loop.time()
         self.size = len(self._head)
-        sibling.charge(self.size)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            self._fd = os.open(sibling.file_name(store), flags, 0o600, dir_fd=sibling.folder_fd)
-        except OSError as exc:
-            sibling.give_back(self.size)
-            raise_mapped(exc)
+            sibling.charge(self.size)
+        except SpoolFull:
+            os.close(fd)
+            sibling.remove(store, 0)
+            raise
 
     def write(self, *data: memoryview) -> None:
         """Append to the file, unless it is refused."""
@@ -521,6 +537,7 @@ class _File:
             return self._refused
         if self._head:
             self._append()
+        give_back_room(self._fd, self._room, self.size)
         os.close(self._fd)
         self._is_done = True
         if not self._is_offered and self._sibling.can_keep:
@@ -540,6 +557,7 @@ class _File:
         """Tell the main process of it, unless it knows."""
         if self._is_kept:
             self._sibling.keep(self._store, self)
+        self._sibling.prepare(self.size)
 
     def _offer(self) -> None:
         if not self._is_offered:

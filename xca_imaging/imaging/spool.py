@@ -33,6 +33,7 @@ from xxhash import xxh3_128
 
 from xca_imaging.errors import LocalProtocolError, SpoolFull, SpoolInUse
 from xca_imaging.imaging import spool_journal
+from xca_imaging.imaging.next_file import NextFile
 from xca_imaging.imaging.spool_journal import Journal, Record
 from xca_imaging.imaging.spool_writing import (
     ArrivalReader,
@@ -92,12 +93,12 @@ class Spool:
     """
 
     # Mutable state: descriptors of the lock (_lock_fd, -1 once closed) and of the folder (_folder_fd), the counter of
-    # file names in this run (_run, _count), name and descriptor of a file made ahead (_spare), files of this process
-    # that exist and are not yet removed (_files), bytes of
-    # all files (used_bytes), up to where they may grow before disk and level are looked at again (_limit), the marks in
-    # bytes (_high_bytes, _low_bytes), instances by SOP Instance UID and transfer syntax (_instances), those nobody
-    # holds, longest idle first, with their bytes (_idle, _idle_bytes), those that are not verified yet (_doubtful),
-    # names of those used since the journal was told (_used), the journal, and a thread to verify and compact.
+    # file names in this run (_run, _count), the file made ahead (_next), files of this process that exist and are not
+    # yet removed (_files), bytes of all files (used_bytes), up to where they may grow before disk and level are looked
+    # at again (_limit), the marks in bytes (_high_bytes, _low_bytes), instances by SOP Instance UID and transfer syntax
+    # (_instances), those nobody holds, longest idle first, with their bytes (_idle, _idle_bytes), those that are not
+    # verified yet (_doubtful), names of those used since the journal was told (_used), the journal, and a thread to
+    # verify and compact.
 
     def __init__(
         self,
@@ -120,7 +121,7 @@ class Spool:
         self.folder.mkdir(exist_ok=True)
         self._folder_fd = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         self._files: set[str] = set()
-        self._spare: tuple[str, int] | None = None
+        self._next = NextFile(self._make_file, lambda name: self._remove_file(name, 0))
         self.used_bytes = 0
         self.is_high = False
         self.on_level: Callable[[bool], None] = lambda is_high: None
@@ -167,11 +168,9 @@ class Spool:
         """Begin a file for a received MIME part; raises SpoolFull as `create` does."""
         return AttachmentWriter(self)
 
-    def prepare(self) -> None:
-        """Make the next file ahead, while no peer waits for it: that takes longer than to write a small object."""
-        if self._spare is None:
-            with suppress(SpoolFull, OSError):  # whoever needs it will see
-                self._spare = self._create_file()
+    def prepare(self, size: int) -> None:
+        """Make the next file ahead, while no peer waits for it, after an instance of `size` bytes."""
+        self._next.prepare(size)
 
     def reserve(self, length: int) -> None:
         """Lend bytes of the quota to a sibling process, which writes without asking; raises SpoolFull."""
@@ -260,7 +259,7 @@ class Spool:
         """Keep the spool in order, until cancelled: expire, verify what an earlier run left, compact the journal."""
         while True:
             try:
-                self._drop_spare()
+                self._next.drop()
                 self.expire()
                 self._tell_journal()
                 if self._journal.lines > _GARBAGE + 2 * len(self._files):
@@ -290,7 +289,7 @@ class Spool:
         self._executor.shutdown(cancel_futures=True)
         self._tell_journal()
         self._journal.close()
-        self._drop_spare()
+        self._next.drop()
         kept = {each.name for each in self._all() if each.source}
         for name in self._files - kept:
             self._unlink(name)
@@ -300,11 +299,11 @@ class Spool:
 
     # --- what writers and instances tell us -----------------------------------------------------------------------
 
-    def _create_file(self) -> tuple[str, int]:
-        spare = self._spare
-        if spare is not None:
-            self._spare = None
-            return spare
+    def _create_file(self) -> tuple[str, int, int]:
+        """Return name and descriptor of an empty file, and the bytes that it has room for already."""
+        return self._next.take()
+
+    def _make_file(self) -> tuple[str, int]:
         name = f"{self._run:x}.{next(self._count):x}"
         try:
             fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600, dir_fd=self._folder_fd)
@@ -312,12 +311,6 @@ class Spool:
             raise_mapped(exc)
         self._files.add(name)
         return name, fd
-
-    def _drop_spare(self) -> None:
-        if self._spare is not None:
-            (name, fd), self._spare = self._spare, None
-            os.close(fd)
-            self._remove_file(name, 0)
 
     def _remove_file(self, name: str, size: int) -> None:
         if name in self._files:

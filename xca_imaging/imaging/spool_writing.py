@@ -23,6 +23,7 @@ from xxhash import xxh3_128
 
 from xca_imaging.errors import ArrivalBroken, SpoolFull
 from xca_imaging.imaging.file_meta import encode_file_meta
+from xca_imaging.imaging.next_file import give_back_room
 from xca_imaging.imaging.spooled import SpooledInstance
 
 if TYPE_CHECKING:
@@ -74,13 +75,13 @@ class _Writer:
 
     # Mutable state: the open file (_fd, -1 once closed), whether it is committed or discarded (_is_done), and the bytes
     # that stand to its account (size).
-    __slots__ = ("_fd", "_is_done", "_name", "size", "spool")
+    __slots__ = ("_fd", "_is_done", "_name", "_room", "size", "spool")
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
         self._is_done = False
         self.size = 0
-        self._name, self._fd = spool._create_file()
+        self._name, self._fd, self._room = spool._create_file()
 
     def _charge(self, length: int) -> None:
         spool = self.spool
@@ -101,7 +102,10 @@ class _Writer:
         """Close what was written whole; a file system that only now finds itself full leaves nothing behind."""
         fd, self._fd = self._fd, -1
         try:
-            os.close(fd)
+            try:
+                give_back_room(fd, self._room, self.size)
+            finally:
+                os.close(fd)
         except OSError as exc:
             self._is_done = True
             self.spool._remove_file(self._name, self.size)
