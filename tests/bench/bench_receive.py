@@ -49,6 +49,7 @@ from xca_imaging.imaging.receiver import Arriving, Incoming, PeerAssociation, St
 from xca_imaging.imaging.receivers import Siblings
 from xca_imaging.imaging.spool import Spool, SpooledInstance, SpoolWriter
 from xca_imaging.imaging.store_scp import StoreScp
+from xca_imaging.operations.heap import freeze_heap
 
 ROOT = "1.2.826.0.1.3680043.8.498.77"  # synthetic UIDs
 AE_TITLE = "BENCH"
@@ -441,6 +442,7 @@ def main() -> int:
     if arguments.serve in ("ours", "ours-siblings"):
         import uvloop
 
+        freeze_heap()
         uvloop.run(serve_ours(arguments.directory, SIBLINGS if arguments.serve == "ours-siblings" else 0))
         return 0
     if arguments.serve == "pynetdicom":

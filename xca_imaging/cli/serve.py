@@ -11,6 +11,7 @@ from xca_imaging import settings as settings_module
 from xca_imaging.cli.options import add_config, run_loop
 from xca_imaging.gateway.app import Node
 from xca_imaging.gateway.listeners import address
+from xca_imaging.operations.heap import freeze_heap
 from xca_imaging.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,7 @@ async def serve(settings: Settings) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with Node(settings) as node:
+        freeze_heap()
         print(f"ready http={_bound(node.http_address)} dicom={_bound(node.dicom_address)}", flush=True)
         await stop.wait()
         log.info("draining for at most %g s", settings.node.drain_timeout)

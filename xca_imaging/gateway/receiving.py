@@ -15,6 +15,7 @@ import uvloop
 
 from xca_imaging import settings as settings_module
 from xca_imaging.imaging import sibling
+from xca_imaging.operations.heap import freeze_heap
 from xca_imaging.security import tls
 
 
@@ -26,6 +27,7 @@ def main(arguments: list[str]) -> None:
     if config:
         settings = settings_module.load(Path(config[0]))
         context = tls.server_context(settings, settings.dicom.tls, "dicom.tls")
+    freeze_heap()
     uvloop.run(sibling.serve(int(messages_fd), int(sockets_fd), ssl=context))
 
 
