@@ -209,7 +209,8 @@ async def serve_ours(directory: Path, siblings: int) -> None:
     await scp.start()
     large = next(case for case in CASES if case.name == "four")
     numbers = range(1, large.count + 1)
-    scp.expect([instance_uid(large, each, number) for each in range(large.associations) for number in numbers])
+    expected = [instance_uid(large, each, number) for each in range(large.associations) for number in numbers]
+    scp.expect(expected, [ExplicitVRLittleEndian])
     print(scp.sockets[0][1], flush=True)
     await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)  # until the parent closes the pipe
     await scp.close(0)

@@ -206,7 +206,7 @@ async def test_a_series_is_written_to_files_made_ahead(receiver: OfferReceiver, 
 async def test_what_is_expected_is_answered_first_and_told_together(receiver: OfferReceiver, spool: Spool) -> None:
     receiver.begin_error = KeyError("a defect")  # it is not asked before the answer
     async with receiving(receiver, spool, count=2) as siblings, connected(siblings) as peer:
-        siblings.expect([f"1.{number}" for number in range(20)])
+        siblings.expect([f"1.{number}" for number in range(20)], [EXPLICIT])
         await peer.associate()
         for number in range(10):
             peer.send(
@@ -231,7 +231,7 @@ async def test_what_is_expected_is_answered_first_and_told_together(receiver: Of
 
 async def test_what_is_expected_no_more_is_asked_for_first(receiver: OfferReceiver, spool: Spool) -> None:
     async with receiving(receiver, spool) as siblings, connected(siblings) as peer:
-        siblings.expect(["1.1", "1.2"])
+        siblings.expect(["1.1", "1.2"], [EXPLICIT])
         siblings.expect_no_more(["1.1", "1.2"])
         await peer.associate()
         receiver.refuse = 0x0124
@@ -240,11 +240,28 @@ async def test_what_is_expected_no_more_is_asked_for_first(receiver: OfferReceiv
     assert files(spool) == []
 
 
+async def test_what_comes_in_a_syntax_that_is_not_wanted_is_asked_for_first(
+    receiver: OfferReceiver, spool: Spool
+) -> None:
+    async with receiving(receiver, spool) as siblings, connected(siblings) as peer:
+        siblings.expect(["1.1", "1.2"], [JPEG])
+        siblings.expect(["1.2"], [IMPLICIT, EXPLICIT])  # asked again, by another move
+        await peer.associate()
+        receiver.refuse = 0x0124
+        for uid, status in (("1.1", 0x0124), ("1.2", 0x0000), ("1.2", 0x0124)):
+            peer.send(store_rq(uid), data(b"abc"))
+            assert (await peer.read()).status == status
+        receiver.refuse = None
+        peer.send(store_rq("1.1"), data(b"abc"))
+        assert (await peer.read()).status == 0
+    assert list(receiver.adopted) == ["1.1"]
+
+
 async def test_an_expected_instance_that_takes_long_is_told_of_on_its_way(
     receiver: OfferReceiver, spool: Spool
 ) -> None:
     async with receiving(receiver, spool) as siblings:
-        siblings.expect(["1.2.3", "1.1"])
+        siblings.expect(["1.2.3", "1.1"], [EXPLICIT])
         async with connected(siblings) as peer:
             await peer.associate()
             peer.send(store_rq("1.1"), data(bytes(10_000))[:5000])
@@ -265,7 +282,7 @@ async def test_the_room_that_expected_instances_may_take_is_that_of_all(
 ) -> None:
     spool = Spool(tmp_path / "small", max_bytes=100_000, retention=60)
     async with receiving(receiver, spool) as siblings, connected(siblings) as peer:
-        siblings.expect(["1.1", "1.2"])
+        siblings.expect(["1.1", "1.2"], [EXPLICIT])
         await peer.associate()
         for uid, status in (("1.1", 0), ("1.2", 0xA700)):
             peer.send(store_rq(uid), data(bytes(60_000), max_length=20_000))

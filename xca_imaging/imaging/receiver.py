@@ -145,8 +145,8 @@ class Receiving(Protocol):
 class Listening(Receiving, Protocol):
     """Who waits for peers to connect, in this process or others."""
 
-    def expect(self, sop_instance_uids: Sequence[str]) -> None:
-        """Learn what was asked of a PACS: when it comes, it may be answered before the `Receiver` is asked."""
+    def expect(self, sop_instance_uids: Sequence[str], transfer_syntax_uids: Sequence[str]) -> None:
+        """Learn what was asked of a PACS: when it comes so, it may be answered before the `Receiver` is asked."""
 
     def expect_no_more(self, sop_instance_uids: Sequence[str]) -> None:
         """Learn that it was sent, or will not be."""

@@ -137,21 +137,22 @@ class Siblings:
             if association.id in sibling.associations:
                 sibling.tell("resume", association.id)
 
-    def expect(self, sop_instance_uids: Sequence[str]) -> None:
+    def expect(self, sop_instance_uids: Sequence[str], transfer_syntax_uids: Sequence[str]) -> None:
         """Let the processes answer for these instances by themselves, and tell of them afterwards.
 
-        One that is replaced meanwhile asks first, like for any other.
+        One that comes in another transfer syntax is asked for first, like any other; and so does a process that was
+        replaced meanwhile.
         """
-        self._tell_all("expect", sop_instance_uids)
+        self._tell_all("expect", sop_instance_uids, transfer_syntax_uids)
 
     def expect_no_more(self, sop_instance_uids: Sequence[str]) -> None:
         """Have them ask first again."""
         self._tell_all("expect-no-more", sop_instance_uids)
 
-    def _tell_all(self, word: str, sop_instance_uids: Sequence[str]) -> None:
+    def _tell_all(self, word: str, sop_instance_uids: Sequence[str], *values: object) -> None:
         for start in range(0, len(sop_instance_uids), _UIDS_AT_ONCE):
             for sibling in self.alive:
-                sibling.tell(word, sop_instance_uids[start : start + _UIDS_AT_ONCE])
+                sibling.tell(word, sop_instance_uids[start : start + _UIDS_AT_ONCE], *values)
 
     async def close(self, drain: float) -> None:
         """Stop listening, let associations end for at most `drain` seconds, abort the rest, end the processes."""

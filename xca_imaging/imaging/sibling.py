@@ -4,10 +4,10 @@ It has the connections that the main process hands to it, and writes what comes 
 go both ways on a Unix stream socket, one JSON array a line: a word, then what belongs to it. Bytes of the spool's quota
 are lent.
 
-An instance that a running move is to bring is expected: it is answered as soon as it is whole, and told of afterwards,
-together with others. Should nobody want it any more by then, it is dropped. Of one that takes long the main process
-hears earlier, like of one that is not expected: that is written on its offer, and dropped when the answer is no; its
-sender waits until the main process owns it.
+An instance that a running move is to bring, in a transfer syntax that it is wanted in, is expected: it is answered as
+soon as it is whole, and told of afterwards, together with others. Should nobody want it any more by then, it is
+dropped. Of one that takes long the main process hears earlier, like of one that is not expected: that is written on its
+offer, and dropped when the answer is no; its sender waits until the main process owns it.
 
 ::
 
@@ -19,8 +19,8 @@ sender waits until the main process owns it.
       move originator, its message id
     progress store, bytes
     whole store, file size, XXH3-128             status store, status
-    stored [store, id, file size, XXH3-128,      expect [uid, ...] / expect-no-more [uid, ...]
-      class, instance, syntax, move originator,
+    stored [store, id, file size, XXH3-128,      expect [uid, ...], [syntax, ...]
+      class, instance, syntax, move originator,  expect-no-more [uid, ...]
       its message id], ...
     broken store, reason, no room
     create number, id, class, instance, syntax,  created number, status
@@ -148,7 +148,7 @@ class Sibling(Lines):
         self._overdrawn: dict[int, _File] = {}
         self._whole: dict[int, int] = {}
         self._waiting: dict[int, Later[int]] = {}
-        self._expected: set[str] = set()
+        self._expected: dict[str, frozenset[str]] = {}
         self._stored: list[tuple[object, ...]] = []
         self._last_number = 0
         self._left = 0
@@ -182,13 +182,14 @@ class Sibling(Lines):
         if known := self._associations.get(association):
             known[1].tell(wanted)
 
-    def on_expect(self, sop_instance_uids: list[str]) -> None:
-        """Learn what a move is to bring."""
-        self._expected.update(sop_instance_uids)
+    def on_expect(self, sop_instance_uids: list[str], transfer_syntax_uids: list[str]) -> None:
+        """Learn what a move is to bring, and how."""
+        self._expected.update(dict.fromkeys(sop_instance_uids, frozenset(transfer_syntax_uids)))
 
     def on_expect_no_more(self, sop_instance_uids: list[str]) -> None:
         """Learn that it has ended."""
-        self._expected.difference_update(sop_instance_uids)
+        for uid in sop_instance_uids:
+            self._expected.pop(uid, None)
 
     def on_pause(self, association: int) -> None:
         """Stop reading from a peer."""
@@ -385,8 +386,8 @@ class Sibling(Lines):
     def begin(self, request: StoreRequest) -> Incoming | int:
         """Begin to write, and offer what is not expected."""
         self._is_refused = False
-        is_expected = request.sop_instance_uid in self._expected
-        self._expected.discard(request.sop_instance_uid)  # once: whether it is wanted again is not ours to say
+        # Once: whether it is wanted again is not ours to say.
+        is_expected = request.transfer_syntax_uid in self._expected.pop(request.sop_instance_uid, ())
         store = 0
         try:
             store, fd, room = self._next.take()

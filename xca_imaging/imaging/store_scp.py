@@ -155,7 +155,7 @@ class StoreScp:
         if connection := self._established.get(association.id):
             connection.set_paused(by_consumer=False)
 
-    def expect(self, sop_instance_uids: Sequence[str]) -> None:
+    def expect(self, sop_instance_uids: Sequence[str], transfer_syntax_uids: Sequence[str]) -> None:
         """Nothing to learn: the receiver is asked at once."""
 
     def expect_no_more(self, sop_instance_uids: Sequence[str]) -> None:

@@ -477,7 +477,7 @@ class Transfers:
                 self.backpressure.start_move(decision.move, decision.instances)
                 if self.receiving is not None and decision.method == "c-move":
                     self._expected[decision.move] = decision.instances
-                    self.receiving.expect(decision.instances)
+                    self.receiving.expect(decision.instances, decision.accept)
                 self._moves.start(decision)
             case d.CancelMove(move, reason):
                 _log.info("move %d is cancelled: %s", move, reason)
