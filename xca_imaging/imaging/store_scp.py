@@ -21,9 +21,10 @@ from xca_imaging.imaging.store_connection import Limits, StoreConnection
 from xca_imaging.wire import dimse, pdu
 from xca_imaging.wire.upper_layer import check_request
 
-RECEIVE_BUFFER = pdu.MAX_PDU_LENGTH + 32
-"""Bytes read at a time, per association: one PDU of the length that we offer, and the header of the next. More
-was not faster (docs/performance.md)."""
+RECEIVE_BUFFER = pdu.MAX_PDU_LENGTH + 512
+"""Bytes read at a time, per association: a C-STORE-RQ, one PDU of the length that we offer, and the header of the next.
+With less, each read of a waiting object ends a few bytes short of a PDU's end, and its rest is read and written in two
+pieces. More was not faster (docs/performance.md)."""
 
 SOCKET_BUFFER = 1024 * 1024
 """SO_RCVBUF: a sender is not stopped while one write to the disk takes its time; times the number of associations,
