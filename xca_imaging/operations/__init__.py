@@ -1,1 +1,1 @@
-"""Health and metrics: they read what the node knows and are never called by the core."""
+"""Metrics, which read what the node knows, and the process that it runs in: never called by the core."""
