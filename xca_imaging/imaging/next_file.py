@@ -31,7 +31,7 @@ MOST_ROOM = 4 * 1024 * 1024
 _PAGE = 4096  # sizes that differ by less are the same: UIDs and numbers are now a digit longer, now shorter
 _KEEP_SIZE = 0x01  # FALLOC_FL_KEEP_SIZE
 
-_libc = ctypes.CDLL(None, use_errno=True)
+_libc = ctypes.CDLL(None)
 _fallocate = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
 """os.posix_fallocate sets the length, and where the file system knows no such call, the C library writes zeros."""
 if _fallocate is not None:
@@ -60,7 +60,8 @@ class NextFile(Generic[Key]):
         Removes it when nobody needed it; its descriptor is closed by then.
     """
 
-    # Mutable state: the file (_key, _fd, room made in it: _room) or None, and the size of the last instance.
+    # Mutable state: the file (what it is known by, descriptor, room made in it) or None, and the size of the last
+    # instance.
     __slots__ = ("_create", "_file", "_last_size", "_remove")
 
     def __init__(self, create: Callable[[], tuple[Key, int]], remove: Callable[[Key], None]) -> None:

@@ -299,10 +299,6 @@ class Spool:
 
     # --- what writers and instances tell us -----------------------------------------------------------------------
 
-    def _create_file(self) -> tuple[str, int, int]:
-        """Return name and descriptor of an empty file, and the bytes that it has room for already."""
-        return self._next.take()
-
     def _make_file(self) -> tuple[str, int]:
         name = f"{self._run:x}.{next(self._count):x}"
         try:

@@ -73,15 +73,15 @@ def write_pieces(fd: int, *pieces: memoryview | bytes) -> None:
 class _Writer:
     """A file that is being written within the quota; it is either committed or leaves nothing behind."""
 
-    # Mutable state: the open file (_fd, -1 once closed), whether it is committed or discarded (_is_done), and the bytes
-    # that stand to its account (size).
+    # Mutable state: the open file (_fd, -1 once closed), with room made for so many bytes (_room), whether it is
+    # committed or discarded (_is_done), and the bytes that stand to its account (size).
     __slots__ = ("_fd", "_is_done", "_name", "_room", "size", "spool")
 
     def __init__(self, spool: Spool) -> None:
         self.spool = spool
         self._is_done = False
         self.size = 0
-        self._name, self._fd, self._room = spool._create_file()
+        self._name, self._fd, self._room = spool._next.take()
 
     def _charge(self, length: int) -> None:
         spool = self.spool
