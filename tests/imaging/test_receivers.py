@@ -37,7 +37,7 @@ from tests.imaging.test_store_scp import (
     store_rq,
     until,
 )
-from xca_imaging.imaging.next_file import make_room
+from tests.support.files import blocks, need_room_ahead
 from xca_imaging.imaging.receiver import Arriving, Dropped, StoreRequest
 from xca_imaging.imaging.receivers import Siblings
 from xca_imaging.imaging.spool import Spool, SpooledInstance
@@ -181,9 +181,7 @@ async def test_what_is_not_wanted_leaves_nothing(receiver: OfferReceiver, spool:
 
 async def test_a_series_is_written_to_files_made_ahead(receiver: OfferReceiver, spool: Spool, tmp_path: Path) -> None:
     size = 300_000
-    with (tmp_path / "probe").open("wb") as probe:
-        if not make_room(probe.fileno(), 1):
-            pytest.skip("a file system without fallocate(2)")
+    need_room_ahead(tmp_path)
     async with receiving(receiver, spool) as siblings:
         async with connected(siblings) as peer:
             await peer.associate()
@@ -193,12 +191,12 @@ async def test_a_series_is_written_to_files_made_ahead(receiver: OfferReceiver, 
             names = {each.path.name for each in receiver.adopted.values()}
             await until(lambda: len(list(spool.folder.iterdir())) == 5)
             (ahead,) = [each for each in spool.folder.iterdir() if each.name not in names]
-            await until(lambda: ahead.stat().st_blocks * 512 >= size)
+            await until(lambda: blocks(ahead) >= size)
             assert ahead.stat().st_size == 0
             peer.send(store_rq("1.4"), data(b"short"))
             assert (await peer.read()).status == 0
             assert receiver.adopted["1.4"].path == ahead
-            assert ahead.stat().st_blocks * 512 <= 8192
+            assert blocks(ahead) <= 8192
         await until(lambda: len(list(spool.folder.iterdir())) == 5)
     assert spool.used_bytes == sum(each.size for each in receiver.adopted.values())
 

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom import dcmread
 
+from tests.support.files import blocks, need_room_ahead
 from xca_imaging import uids
 from xca_imaging.errors import ArrivalBroken, LocalProtocolError, SpoolFull, SpoolInUse
 from xca_imaging.imaging import next_file
@@ -517,34 +518,29 @@ async def test_a_killed_run_leaves_what_was_whole_and_nothing_else(tmp_path: Pat
     spool.close()
 
 
-def blocks(path: Path) -> int:
-    return path.stat().st_blocks * 512
+def made_ahead(spool: Spool) -> Path:
+    (path,) = [path for path in spool.folder.iterdir() if not path.stat().st_size]
+    return path
 
 
 async def test_a_file_made_ahead_has_room_only_for_more_of_the_same(tmp_path: Path) -> None:
-    with (tmp_path / "probe").open("wb") as probe:
-        if not next_file.make_room(probe.fileno(), 1):
-            pytest.skip("a file system without fallocate(2)")
+    need_room_ahead(tmp_path)
     spool = make_spool(tmp_path)
 
-    def ahead() -> Path:
-        (path,) = [path for path in spool.folder.iterdir() if not path.stat().st_size]
-        return path
-
     spool.prepare(store(spool, "1.2.1", 200_000).size)
-    assert blocks(ahead()) == 0  # the first of its size
+    assert blocks(made_ahead(spool)) == 0  # the first of its size
     spool.prepare(store(spool, "1.2.2", 200_010).size)
-    assert 200_010 <= blocks(ahead()) < 210_000
+    assert 200_010 <= blocks(made_ahead(spool)) < 210_000
     assert spool.used_bytes == 400_010
-    longer = ahead()
+    longer = made_ahead(spool)
     assert store(spool, "1.2.3", 300_000).path == longer
     assert 300_000 <= blocks(longer) < 310_000
     spool.prepare(300_000)
     spool.prepare(300_000)  # there is one
-    assert blocks(ahead()) == 0
+    assert blocks(made_ahead(spool)) == 0
     store(spool, "1.2.4", 300_000)
     spool.prepare(300_000)
-    shorter = ahead()
+    shorter = made_ahead(spool)
     assert store(spool, "1.2.5", 100_000).path == shorter
     assert 100_000 <= blocks(shorter) < 110_000
     spool.prepare(100_000)
@@ -565,7 +561,7 @@ async def test_a_file_system_without_room_ahead_is_asked_for_none(
     monkeypatch.setattr(next_file, "_fallocate", fallocate)
     for number in range(3):
         spool.prepare(store(spool, f"1.2.{number}", 100_000 + number).size)
-        assert sum(map(blocks, spool.folder.iterdir())) == blocks(spool.find(f"1.2.{number}").path) * (number + 1)  # type: ignore[union-attr]
+        assert blocks(made_ahead(spool)) == 0
     assert asked == [100_001, 100_002]
     spool.prepare(10_000_000)
     store(spool, "1.2.8", 100_000)
