@@ -46,16 +46,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from typing import Any, cast
 
-from xxhash import xxh3_128
-
 from xca_imaging.errors import SpoolFull
-from xca_imaging.imaging.file_meta import encode_file_meta
-from xca_imaging.imaging.next_file import NextFile, give_back_room
+from xca_imaging.imaging.next_file import NextFile
 from xca_imaging.imaging.receiver import Incoming, Later, PeerAssociation, StoreRequest
-from xca_imaging.imaging.spool_writing import raise_mapped, write_pieces
+from xca_imaging.imaging.sibling_writing import SiblingFile
+from xca_imaging.imaging.spool_writing import raise_mapped
 from xca_imaging.imaging.store_connection import StoreConnection
 from xca_imaging.imaging.store_scp import StoreScp
-from xca_imaging.wire.dimse import STATUS_OUT_OF_RESOURCES, STATUS_SUCCESS
+from xca_imaging.wire.dimse import STATUS_OUT_OF_RESOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +67,6 @@ spool leaves free on its disk."""
 MAX_MESSAGE = 4 * 1024 * 1024
 """Bytes of a message: a notification of 1 MB in base64, with room."""
 
-_PROGRESS_EVERY = 0.25  # s between two words of one instance's progress
 _TELL_AFTER = 0.002  # s that an instance may wait for others to be told of together; a message costs as much as a write
 
 
@@ -124,6 +121,7 @@ class Sibling(Lines):
 
     Attributes
     ----------
+    loop : asyncio.AbstractEventLoop
     over : asyncio.Event
         The process may end.
     """
@@ -138,14 +136,14 @@ class Sibling(Lines):
         super().__init__()
         self.over = asyncio.Event()
         self._sockets, self._ssl = sockets, ssl
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self._scp: StoreScp | None = None
         self._folder_fd = -1
         self._name = ""
         self._associations: dict[int, tuple[PeerAssociation, Later[Sequence[str] | None]]] = {}
         self._next = NextFile(self._make_file, lambda store: self.remove(store, 0))
-        self._files: dict[int, _File] = {}
-        self._overdrawn: dict[int, _File] = {}
+        self._files: dict[int, SiblingFile] = {}
+        self._overdrawn: dict[int, SiblingFile] = {}
         self._whole: dict[int, int] = {}
         self._waiting: dict[int, Later[int]] = {}
         self._expected: dict[str, frozenset[str]] = {}
@@ -174,7 +172,7 @@ class Sibling(Lines):
         titles = options.pop("calling_ae_titles")
         calling = None if titles is None else frozenset(titles)
         self._scp = _CountingScp(self, ssl=self._ssl, calling_ae_titles=calling, **options)
-        self._loop.add_reader(self._sockets, self._take_connection)
+        self.loop.add_reader(self._sockets, self._take_connection)
         self.tell("ready")
 
     def on_syntaxes(self, association: int, wanted: list[str] | None) -> None:
@@ -228,7 +226,7 @@ class Sibling(Lines):
 
     def on_close(self, drain: float) -> None:
         """Let associations end, then end."""
-        self._loop.remove_reader(self._sockets)
+        self.loop.remove_reader(self._sockets)
 
         async def close() -> None:
             await self._serving.close(drain)
@@ -247,7 +245,7 @@ class Sibling(Lines):
         except (BlockingIOError, InterruptedError):
             return
         if not message:  # the main process is gone; the end of the stream says so too
-            self._loop.remove_reader(self._sockets)
+            self.loop.remove_reader(self._sockets)
             return
         for descriptor in descriptors:
             connection = socket.socket(fileno=descriptor)
@@ -263,7 +261,7 @@ class Sibling(Lines):
             self.tell("left")
 
     def _spawn(self, work: Any) -> None:
-        task = self._loop.create_task(work)
+        task = self.loop.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -322,10 +320,10 @@ class Sibling(Lines):
         """True when all that was written is covered by the lease."""
         return self._left >= 0
 
-    def keep(self, store: int, file: _File) -> None:
+    def keep(self, store: int, file: SiblingFile) -> None:
         """Tell the main process of an expected instance that was answered, a moment later."""
         if not self._stored:
-            self._loop.call_later(_TELL_AFTER, self._tell_stored)
+            self.loop.call_later(_TELL_AFTER, self._tell_stored)
         request = file.request
         self._stored.append((store, request.association.id, file.size, file.checksum, *request[1:]))
 
@@ -334,7 +332,7 @@ class Sibling(Lines):
         if stored:
             super().tell("stored", *stored)
 
-    def hand_over(self, store: int, file: _File) -> Later[int]:
+    def hand_over(self, store: int, file: SiblingFile) -> Later[int]:
         """Offer a whole file to the main process, once its bytes are lent, and return the status that it will tell."""
         if self._left < 0 and not self._is_asked:
             raise SpoolFull("the spool has no room")
@@ -391,7 +389,7 @@ class Sibling(Lines):
         store = 0
         try:
             store, fd, room = self._next.take()
-            file = self._files[store] = _File(self, store, fd, room, request, is_offered=not is_expected)
+            file = self._files[store] = SiblingFile(self, store, fd, room, request, is_offered=not is_expected)
         except (SpoolFull, OSError) as exc:
             store = store or self._new_number()
             self.offer_file(store, request)
@@ -444,148 +442,6 @@ class _CountingScp(StoreScp):
     def remove(self, connection: StoreConnection) -> None:
         super().remove(connection)
         self._sibling.left()
-
-
-class _File:
-    """An instance that is written to the spool's folder."""
-
-    # Mutable state: what is still to be written before the data (_head), its checksum and size, the status once it is
-    # refused (_refused: the file is gone then), whether the main process knows of it (_is_offered) or will when it was
-    # answered (_is_kept), whether it is over (_is_done), bytes of which nothing was told yet (_untold) and since when
-    # (_told_at).
-    __slots__ = (
-        "_checksum",
-        "_fd",
-        "_head",
-        "_is_done",
-        "_is_kept",
-        "_is_offered",
-        "_refused",
-        "_room",
-        "_sibling",
-        "_store",
-        "_told_at",
-        "_untold",
-        "request",
-        "size",
-    )
-
-    def __init__(
-        self, sibling: Sibling, store: int, fd: int, room: int, request: StoreRequest, *, is_offered: bool
-    ) -> None:
-        self._sibling, self._store, self._fd, self._room, self.request = sibling, store, fd, room, request
-        self._is_offered, self._is_kept = is_offered, False
-        self._head = encode_file_meta(
-            sop_class_uid=request.sop_class_uid,
-            sop_instance_uid=request.sop_instance_uid,
-            transfer_syntax_uid=request.transfer_syntax_uid,
-            source_ae_title=request.association.calling_ae_title,
-        )
-        self._checksum = xxh3_128(self._head)
-        self._refused: int | None = None
-        self._is_done = False
-        self._untold = 0
-        self._told_at = sibling._loop.time()
-        self.size = len(self._head)
-        try:
-            sibling.charge(self.size)
-        except SpoolFull:
-            os.close(fd)
-            sibling.remove(store, 0)
-            raise
-
-    def write(self, *data: memoryview) -> None:
-        """Append to the file, unless it is refused."""
-        if self._is_done:
-            return
-        length = len(data[0]) if len(data) == 1 else sum(map(len, data))
-        try:
-            self._sibling.charge(length)
-            self.size += length
-            update = self._checksum.update
-            for piece in data:
-                update(piece)
-            self._append(*data)
-        except (SpoolFull, OSError) as exc:
-            self.discard(str(exc), no_room=True)
-            raise
-        self._untold += length
-        now = self._sibling._loop.time()
-        if now - self._told_at >= _PROGRESS_EVERY:
-            self._offer()
-            self._sibling.tell("progress", self._store, self._untold)
-            self._untold, self._told_at = 0, now
-
-    def _append(self, *data: memoryview) -> None:
-        try:
-            if self._head:
-                write_pieces(self._fd, self._head, *data)
-                self._head = b""
-            else:
-                write_pieces(self._fd, *data)
-        except OSError as exc:
-            raise_mapped(exc)
-
-    @property
-    def checksum(self) -> str:
-        """XXH3-128 of all that was written, in hexadecimal."""
-        return self._checksum.hexdigest()
-
-    def commit(self) -> int | Later[int]:
-        """Close the file, and let the main process own it and say so."""
-        if self._refused is not None:
-            self._sibling.forget(self._store)
-            return self._refused
-        if self._head:
-            self._append()
-        give_back_room(self._fd, self._room, self.size)
-        os.close(self._fd)
-        self._is_done = True
-        if not self._is_offered and self._sibling.can_keep:
-            self._is_kept = True
-            self._sibling.forget(self._store)
-            return STATUS_SUCCESS
-        self._offer()
-        try:
-            return self._sibling.hand_over(self._store, self)
-        except SpoolFull as exc:
-            self._sibling.remove(self._store, self.size)
-            self._sibling.forget(self._store)
-            self._sibling.tell("broken", self._store, str(exc), True)
-            raise
-
-    def conclude(self) -> None:
-        """Tell the main process of it, unless it knows."""
-        if self._is_kept:
-            self._sibling.keep(self._store, self)
-        self._sibling.prepare(self.size)
-
-    def _offer(self) -> None:
-        if not self._is_offered:
-            self._is_offered = True
-            self._sibling.offer_file(self._store, self.request)
-
-    def discard(self, reason: str, no_room: bool = False) -> None:
-        """Leave nothing of it behind, and tell."""
-        if self._refused is not None:
-            self._refused = None
-            self._sibling.forget(self._store)
-        elif not self._is_done:
-            self._remove()
-            self._sibling.forget(self._store)
-            self._offer()
-            self._sibling.tell("broken", self._store, reason, no_room)
-
-    def refuse(self, status: int) -> None:
-        """Drop what came and what comes."""
-        if not self._is_done:
-            self._refused = status
-            self._remove()
-
-    def _remove(self) -> None:
-        self._is_done = True
-        os.close(self._fd)
-        self._sibling.remove(self._store, self.size)
 
 
 async def serve(messages_fd: int, sockets_fd: int, *, ssl: ssl_module.SSLContext | None = None) -> None:
